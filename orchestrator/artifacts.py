@@ -1,0 +1,265 @@
+"""The artifact store: built once, under a lock, in a partial folder; finished only when its manifest is there.
+
+    <root>/<stage>-<key>/            a finished artifact, with manifest.json
+    <root>/<stage>-<key>.partial/    one that is being built, or whose builder was killed
+    <root>/.locks/<stage>-<key>.lock
+
+The key is a digest of the recipe: the stage, its own version, its options and the inputs' fingerprints. So a
+partial folder always belongs to unchanged inputs, and the next run continues it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
+from orchestrator import __version__
+from orchestrator.errors import DoesNotFitError, RequestError, StageError
+from orchestrator.runfolder import write_json
+
+MANIFEST = "manifest.json"
+GIB = 2**30
+CHUNK = 8 * 2**20
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an artifact is made of and how. All values are JSON."""
+
+    stage: str
+    version: int  # the stage's own: raised when its result changes
+    options: dict[str, Any]
+    inputs: dict[str, Any]  # name -> fingerprint
+
+    @property
+    def name(self) -> str:
+        """<stage>-<key>"""
+        text = json.dumps([self.stage, self.version, self.options, self.inputs], sort_keys=True)
+        return f"{self.stage}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(int(entry["size"]) for entry in self.manifest["files"].values())
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a stage returns: its report, and the blake2b digests that it computed while it wrote (file -> hex)."""
+
+    report: dict[str, Any]
+    digests: dict[str, str]
+
+
+class Store:
+    """The artifacts under one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def find(self, recipe: Recipe) -> Artifact | None:
+        """The finished artifact of a recipe, or None."""
+        return self._read(self.root / recipe.name)
+
+    def build(
+        self,
+        recipe: Recipe,
+        make: Callable[[Path], Built],
+        needed: int,
+        unchanged: Callable[[], bool],
+        waiting: Callable[[], None],
+    ) -> tuple[Artifact, bool]:
+        """The artifact of a recipe, and whether it was built now.
+
+        Args:
+            make: builds into the partial folder that it is given, continuing what is there.
+            needed: bytes that the result takes.
+            unchanged: are the inputs still what the recipe says? Asked again after the build.
+            waiting: called once if another run holds the lock.
+
+        Raises:
+            RequestError: the store cannot be written.
+            DoesNotFitError: the disk has less room than is needed.
+            StageError: the inputs changed during the build, or the disk filled up.
+        """
+        if (found := self.find(recipe)) is not None:
+            self._used(found)
+            return found, False
+        with self._lock(recipe.name, waiting):
+            if (found := self.find(recipe)) is not None:
+                return found, False
+            partial = self.root / f"{recipe.name}.partial"
+            self._check_room(partial, needed)
+            started = time.time()
+            try:
+                partial.mkdir(exist_ok=True)
+                built = make(partial)
+                if not unchanged():
+                    shutil.rmtree(partial)
+                    raise StageError("the model's files changed while they were read", "Run it again.")
+                return self._finish(partial, recipe, built, started), True
+            except OSError as error:
+                raise _stage_error(error, partial) from error
+
+    def finished(self) -> list[Artifact]:
+        """The finished artifacts, the last used first."""
+        found = (self._read(path) for path in self._folders() if not path.name.endswith(".partial"))
+        return sorted((a for a in found if a is not None), key=lambda a: -last_used(a))
+
+    def partials(self) -> list[Path]:
+        """Folders of unfinished builds that no running process holds."""
+        return [p for p in self._folders() if p.name.endswith(".partial") and not self._held(p.name)]
+
+    def verify(self, artifact: Artifact) -> list[str]:
+        """What is wrong with an artifact's files: missing, of another size, of another digest. Reads all of them."""
+        problems = []
+        for name, entry in artifact.manifest["files"].items():
+            path = artifact.path / name
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif path.stat().st_size != entry["size"]:
+                problems.append(f"{name} has {path.stat().st_size} bytes, not {entry['size']}")
+            elif digest(path) != entry["blake2b"]:
+                problems.append(f"{name} has another digest than when it was built")
+        return problems
+
+    def remove(self, path: Path) -> None:
+        """Removes an artifact or a partial folder: the manifest first, so that a half-removed one is none."""
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path)
+
+    def _folders(self) -> Iterator[Path]:
+        if self.root.is_dir():
+            yield from sorted(p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+    def _read(self, path: Path) -> Artifact | None:
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            return Artifact(path, manifest) if isinstance(manifest["files"], dict) else None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s has a manifest that cannot be read (%s): not used", path, error)
+            return None
+
+    def _used(self, artifact: Artifact) -> None:
+        try:
+            os.utime(artifact.path / MANIFEST)
+        except OSError:  # a store of somebody else's, read-only: its age is theirs to keep
+            log.info("%s is read-only", artifact.path)
+
+    def _lock_file(self, name: str) -> FileLock:
+        return FileLock(self.root / ".locks" / f"{name.removesuffix('.partial')}.lock")
+
+    def _held(self, name: str) -> bool:
+        try:
+            with self._lock_file(name).acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def _lock(self, name: str, waiting: Callable[[], None]) -> AcquireReturnProxy[FileLock]:
+        """The lock of one artifact, taken; the operating system releases it if we die."""
+        lock = self._lock_file(name)
+        try:
+            (self.root / ".locks").mkdir(parents=True, exist_ok=True)
+            try:
+                return lock.acquire(timeout=0)
+            except Timeout:
+                waiting()
+                return lock.acquire()
+        except OSError as error:
+            raise RequestError(
+                f"paths.artifacts={self.root} cannot be written ({error.strerror})",
+                "Set paths.artifacts=FOLDER to one that can.",
+            ) from None
+
+    def _check_room(self, partial: Path, needed: int) -> None:
+        there = sum(f.stat().st_size for f in partial.glob("*")) if partial.is_dir() else 0
+        free = shutil.disk_usage(self.root).free
+        if needed - there > free:
+            raise DoesNotFitError(
+                f"the disk of {self.root} has {free / GIB:.2f} GiB free and the result takes "
+                f"{(needed - there) / GIB:.2f} GiB",
+                "Free some (task=artifacts artifacts.action=prune), or set paths.artifacts=FOLDER on another disk.",
+            )
+
+    def _finish(self, partial: Path, recipe: Recipe, built: Built, started: float) -> Artifact:
+        files = {
+            path.name: {"size": path.stat().st_size, "blake2b": built.digests.get(path.name) or digest(path)}
+            for path in sorted(partial.iterdir())
+            if path.name != MANIFEST
+        }
+        manifest = {
+            "stage": recipe.stage,
+            "stage_version": recipe.version,
+            "options": recipe.options,
+            "inputs": recipe.inputs,
+            "orchestrator": __version__,
+            "created": started,
+            "seconds": round(time.time() - started, 3),
+            "files": files,
+            "report": built.report,
+        }
+        write_json(partial / MANIFEST, manifest)
+        final = partial.with_suffix("")
+        if final.exists():  # without a readable manifest, or it would have been found
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(self.root)
+        return Artifact(final, manifest)
+
+
+def last_used(artifact: Artifact) -> float:
+    """When a run last used it: seconds since the epoch."""
+    return (artifact.path / MANIFEST).stat().st_mtime
+
+
+def digest(path: Path) -> str:
+    """blake2b of a file's bytes, 32 bytes in hex."""
+    hasher = hashlib.blake2b(digest_size=32)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def _stage_error(error: OSError, partial: Path) -> StageError | RequestError:
+    if error.errno == errno.ENOSPC:
+        return StageError(
+            f"the disk of {partial} is full",
+            "Free some space and run it again: it continues where it stopped.",
+        )
+    return RequestError(f"{error.filename or partial}: {error.strerror or error}", "Check paths.artifacts.")
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,278 @@
+"""transformers, plain or with bitsandbytes: the adapter of the backends `transformers` and `bitsandbytes`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import resource
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from orchestrator.backends.hf_batch import Batch, Row, Steps
+from orchestrator.backends.hf_tensors import bytes_per_tensor, keep_4bit_layout
+from orchestrator.backends.protocol import Event, Failed, LoadPlan, Request, Score, Stats
+from orchestrator.errors import CheckpointError, EngineError
+
+_QUANTIZATION: dict[str, dict[str, Any]] = {
+    "none": {},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "bitsandbytes")
+_NAMED = 3  # tensors in a message
+_SCORE_ROWS = 256  # positions whose float32 log-probabilities are held at a time
+
+
+class HuggingFaceEngine:
+    """Static batches of up to plan.max_in_flight requests through transformers' `generate`."""
+
+    def __init__(self) -> None:
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._plan: LoadPlan
+        self._ends: frozenset[int] = frozenset()
+        self._pad = 0
+        self._vocabulary = 0
+        self._steps = Steps()
+        self._waiting: deque[Row] = deque()
+        self._at_once: list[Event] = []  # ends that need no step
+        self._batch: Batch | None = None
+        self._done = Stats(0, [], 0, 0.0, 0, 0.0)  # counters of the batches that are over
+
+    def load(self, plan: LoadPlan) -> None:
+        """Loads plan.model from local safetensors with plan.device_map as it is.
+
+        Raises:
+            EngineError: the method is not ours.
+            CheckpointError: tensors are missing or have other shapes than config.json says.
+        """
+        # Before the imports: nothing is fetched, neither models nor kernels.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        # One warning per int8 layer and step that its input is cast to float16: that is what the method does.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": plan.trust_remote_code}
+        self._plan = plan
+        self._tokenizer = AutoTokenizer.from_pretrained(plan.model, **local)
+        self._model, info = AutoModelForCausalLM.from_pretrained(
+            plan.model,
+            device_map=dict(plan.device_map),
+            dtype=getattr(torch, plan.dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **local,
+            **self._quantization(plan, local),
+            **plan.engine_args,
+        )
+        self._check_keys(info)
+        self._model.eval()
+        if plan.method in ("nf4", "fp4"):
+            keep_4bit_layout(self._model)
+        self._read_tokens()
+
+    @staticmethod
+    def _quantization(plan: LoadPlan, local: dict[str, Any]) -> dict[str, Any]:
+        """The keywords that make transformers quantize while it loads."""
+        if plan.method not in _QUANTIZATION:
+            raise EngineError(f"the {plan.backend} engine has no method {plan.method}")
+        if plan.method == "none":
+            return {}
+        import torch
+        from transformers import AutoConfig, BitsAndBytesConfig
+
+        config = AutoConfig.from_pretrained(plan.model, **local)
+        if getattr(config, "quantization_config", None) is not None:
+            return {}  # stored in this form already: its own configuration describes it
+        options = dict(_QUANTIZATION[plan.method])
+        if options.get("load_in_4bit"):
+            options["bnb_4bit_use_double_quant"] = plan.double_quant
+            options["bnb_4bit_compute_dtype"] = getattr(torch, plan.dtype)
+        return {"quantization_config": BitsAndBytesConfig(**options)}
+
+    def _check_keys(self, info: dict[str, Any]) -> None:
+        """transformers fills a tensor that it does not find with random numbers and only warns."""
+        for what, label in (("missing_keys", "has no"), ("mismatched_keys", "has other shapes of")):
+            names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(what) or ())
+            if names:
+                more = f" and {len(names) - _NAMED} more tensors" if len(names) > _NAMED else ""
+                raise CheckpointError(f"{self._plan.model} {label} {', '.join(names[:_NAMED])}{more}")
+
+    def _read_tokens(self) -> None:
+        """The end tokens of generation_config.json and of the tokenizer; the model's own sampling is dropped."""
+        from transformers import GenerationConfig
+
+        configured = self._model.generation_config.eos_token_id
+        ends = configured if isinstance(configured, list) else [configured]
+        self._ends = frozenset(end for end in (*ends, self._tokenizer.eos_token_id) if end is not None)
+        pad = self._tokenizer.pad_token_id
+        # Padding is masked, so that any token will do.
+        self._pad = min(self._ends, default=0) if pad is None else pad
+        self._vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        # Requests say how to sample; penalties or forced tokens of the checkpoint would come on top.
+        self._model.generation_config = GenerationConfig()
+
+    def placement(self) -> dict[str, dict[str, int]]:
+        """device -> {tensor name: bytes}, quantization states included, tied tensors once."""
+        return bytes_per_tensor(self._model)
+
+    def versions(self) -> dict[str, str]:
+        """Of Python, CUDA and the packages that are installed."""
+        import torch
+
+        found = {"python": platform.python_version()}
+        for package in _PACKAGES:
+            try:
+                found[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; one that cannot be answered gets its Failed from the next `events`."""
+        problem = self._problem(request)
+        if problem:
+            self._at_once.append(Failed(request.id, problem))
+        else:
+            self._waiting.append(Row(request, self._decode))
+
+    def _problem(self, request: Request) -> str:
+        length = len(request.tokens) + request.max_tokens
+        if not request.tokens:
+            return "the prompt is empty"
+        if request.max_tokens < 1:
+            return f"max_tokens is {request.max_tokens}; at least 1 is needed"
+        if length > self._plan.max_context:
+            return (
+                f"{len(request.tokens)} tokens of prompt and {request.max_tokens} of answer are more than "
+                f"the {self._plan.max_context} of model.max_context"
+            )
+        # On a GPU such a token would end the whole process.
+        if min(request.tokens) < 0 or max(request.tokens) >= self._vocabulary:
+            return f"the prompt has a token outside of the vocabulary of {self._vocabulary}"
+        return ""
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a waiting request at once and a running one at its next step."""
+        for row in [row for row in self._waiting if row.request.id == request_id]:
+            self._waiting.remove(row)
+            self._at_once += row.finish("cancelled")
+        for row in self._batch.rows if self._batch else ():
+            row.cancelled |= row.request.id == request_id
+
+    def events(self) -> list[Event]:
+        """One decoding step of the running batch, or the prefill of the next one."""
+        if self._at_once:
+            events, self._at_once = self._at_once, []
+        elif self._batch is not None:
+            events = self._steps.next()
+        elif self._waiting:
+            events = self._begin()
+        else:
+            events = []
+        if self._batch is not None and self._batch.done:
+            self._done = self._totals()
+            self._batch = None
+        return events
+
+    def _begin(self) -> list[Event]:
+        import time
+
+        count = min(len(self._waiting), self._plan.max_in_flight)
+        rows = [self._waiting.popleft() for _ in range(count)]
+        for row in rows:
+            row.started = time.monotonic()
+        batch = Batch(rows, self._steps, self._ends, self._input_device())
+        self._batch = batch
+        return self._steps.first(lambda: batch.run(self._model, self._pad))
+
+    def _input_device(self) -> Any:
+        """Where the embedding is: inputs go there, whatever the first GPU is."""
+        return self._model.get_input_embeddings().weight.device
+
+    def score(self, tokens: list[int], top_k: int) -> Score:
+        """One forward pass over all tokens; the softmax in float32.
+
+        Raises:
+            ValueError: fewer than two tokens, or one outside of the vocabulary.
+        """
+        import torch
+
+        if len(tokens) < 2 or min(tokens) < 0 or max(tokens) >= self._vocabulary:
+            raise ValueError("a score needs at least two tokens of the vocabulary")
+        score = Score([], [], [], [])
+        with torch.inference_mode():
+            given = torch.tensor([tokens], device=self._input_device())
+            logits = self._model(input_ids=given, use_cache=False).logits[0, :-1]
+            targets = given[0, 1:].to(logits.device)
+            for some, target in zip(logits.split(_SCORE_ROWS), targets.split(_SCORE_ROWS), strict=True):
+                logprobs = some.float().log_softmax(-1)
+                top = logprobs.topk(min(top_k, logprobs.shape[-1]), dim=-1)
+                # Summed over the others, not 1 minus the top: a tail of 1e-9 would be lost to rounding.
+                rest = logprobs.scatter(-1, top.indices, float("-inf")).exp().sum(-1)
+                score.logprobs.extend(logprobs.gather(-1, target[:, None])[:, 0].tolist())
+                score.top_tokens.extend(top.indices.tolist())
+                score.top_logprobs.extend(top.values.tolist())
+                score.tail.extend(rest.tolist())
+        return score
+
+    def stats(self) -> Stats:
+        """Counters and peaks since load."""
+        return self._totals()
+
+    def _totals(self) -> Stats:
+        done, batch = self._done, self._batch
+        if batch is None:
+            return Stats(
+                _host_peak(),
+                _gpu_peaks(),
+                done.prefill_tokens,
+                done.prefill_s,
+                done.decode_tokens,
+                done.decode_s,
+            )
+        return Stats(
+            _host_peak(),
+            _gpu_peaks(),
+            done.prefill_tokens + sum(len(row.request.tokens) for row in batch.rows),
+            done.prefill_s + batch.prefill_s,
+            done.decode_tokens + batch.decode_tokens,
+            done.decode_s + batch.decode_s,
+        )
+
+    def close(self) -> None:
+        """Forgets the model; a batch in the middle is left as it is."""
+        self._model = None
+        self._tokenizer = None
+        self._waiting.clear()
+
+
+def _host_peak() -> int:
+    """Peak resident memory of this process, bytes."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # no /proc: the next line answers as well
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _gpu_peaks() -> list[int]:
+    """The allocator's peak on each visible GPU, bytes."""
+    import torch
+
+    return [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())]

@@ -1,0 +1,273 @@
+"""The pickle inside a `.bin`, interpreted without being executed.
+
+Python's own unpickler calls what the file names, and even with a whitelist a short file can make it
+allocate gigabytes (a memo index of 2**32) or overflow the C stack (a nested tuple as a key). So the few
+instructions that `torch.save` writes are interpreted here; any other one refuses the file. Nothing is
+imported, and the only "calls" are the functions of this module that `_GLOBALS` lists.
+"""
+
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.checkpoint.tensors import DTYPES, MAX_BYTES, MAX_DIMS
+from orchestrator.checkpoint.trust import shown
+from orchestrator.errors import CheckpointError
+
+_TENSORS_ONLY = "Only tensors are read: save the model's state_dict(), best as safetensors."
+
+
+@dataclass(frozen=True)
+class StorageType:
+    """torch's class of a storage; `dtype` is None for untyped bytes."""
+
+    dtype: str | None
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A run of elements (bytes where `dtype` is None) in the archive's `data/<key>`."""
+
+    key: str
+    dtype: str | None
+    elements: int
+
+
+@dataclass(frozen=True)
+class PickledTensor:
+    """A view into a storage; offset and strides in elements."""
+
+    storage: Storage
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _TorchDType:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Function:
+    make: Callable[..., object]
+
+
+def _sizes(value: object) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list)) or len(value) > MAX_DIMS:
+        raise ValueError("sizes that are no short tuple")
+    if not all(type(size) is int and 0 <= size <= MAX_BYTES for size in value):
+        raise ValueError("sizes that are negative or no integers")
+    return tuple(value)
+
+
+def _tensor(storage: object, dtype: str | None, offset: object, shape: object, strides: object) -> object:
+    if not isinstance(storage, Storage) or dtype is None:
+        raise ValueError("a tensor without a typed storage")
+    (first,) = _sizes((offset,))
+    sizes, steps = _sizes(shape), _sizes(strides)
+    if len(sizes) != len(steps):
+        raise ValueError("a tensor whose strides do not match its shape")
+    return PickledTensor(storage, dtype, first, sizes, steps)
+
+
+def _tensor_v2(storage: object, offset: object, shape: object, strides: object, *_: object) -> object:
+    dtype = storage.dtype if isinstance(storage, Storage) else None
+    return _tensor(storage, dtype, offset, shape, strides)
+
+
+def _tensor_v3(
+    storage: object,
+    offset: object,
+    shape: object,
+    strides: object,
+    grad: object,
+    hooks: object,
+    dtype: object,
+    *_: object,
+) -> object:
+    return _tensor(storage, dtype.name if isinstance(dtype, _TorchDType) else None, offset, shape, strides)
+
+
+def _parameter(data: object, *_: object) -> object:
+    if not isinstance(data, PickledTensor):
+        raise ValueError("a parameter that is no tensor")
+    return data
+
+
+class Fields(dict[Any, Any]):
+    """An OrderedDict: unlike a plain dict it may be given state (`_metadata`), which is dropped."""
+
+
+def _ordered() -> object:
+    # Without arguments only, as torch.save writes it: items given here could be copied again and again.
+    return Fields()
+
+
+_STORAGES = {
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "ComplexFloatStorage": "C64",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+}
+
+_GLOBALS: dict[str, object] = {
+    "torch._utils._rebuild_tensor_v2": _Function(_tensor_v2),
+    "torch._utils._rebuild_tensor_v3": _Function(_tensor_v3),
+    "torch._utils._rebuild_parameter": _Function(_parameter),
+    "collections.OrderedDict": _Function(_ordered),
+    "torch.Size": _Function(_sizes),
+    "torch.storage.UntypedStorage": StorageType(None),
+    **{f"torch.{name}": StorageType(dtype) for name, dtype in _STORAGES.items()},
+    **{f"torch.{dtype.torch}": _TorchDType(name) for name, dtype in DTYPES.items()},
+}
+"""Everything that a pickle may name. Nothing else exists for it."""
+
+
+def _put(target: object, key: object, value: object) -> None:
+    # Text or a number only: hashing a deeply nested tuple would overflow the C stack.
+    if not isinstance(target, dict) or not isinstance(key, (str, int)):
+        raise ValueError("an item set where there is no dictionary, or under no plain key")
+    target[key] = value
+
+
+class _Machine:
+    """The pickle machine's stack, marks and memo."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def push(self, value: object) -> None:
+        self.stack.append(value)
+
+    def mark(self, _: object) -> None:
+        self.marks.append(self.stack)
+        self.stack = []
+
+    def to_mark(self) -> list[Any]:
+        items = self.stack
+        self.stack = self.marks.pop()
+        return items
+
+    def last(self, count: int) -> tuple[Any, ...]:
+        if len(self.stack) < count:
+            raise IndexError("stack underflow")
+        items = tuple(self.stack[len(self.stack) - count :])
+        del self.stack[len(self.stack) - count :]
+        return items
+
+    def put(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def append(self, items: list[Any]) -> None:
+        if not isinstance(self.stack[-1], list):
+            raise ValueError("an item appended where there is no list")
+        self.stack[-1].extend(items)
+
+    def set_items(self, items: list[Any]) -> None:
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            _put(self.stack[-1], key, value)
+
+    def find(self, name: str) -> None:
+        if name not in _GLOBALS:
+            raise CheckpointError(
+                f"{self.where} holds a pickle that wants to call {shown(name)}: refused, nothing was executed",
+                _TENSORS_ONLY,
+            )
+        self.push(_GLOBALS[name])
+
+    def find_on_stack(self, _: object) -> None:
+        module, name = self.last(2)
+        self.find(f"{module if isinstance(module, str) else '?'}.{name if isinstance(name, str) else '?'}")
+
+    def reduce(self, _: object) -> None:
+        function, arguments = self.last(2)
+        if not isinstance(function, _Function) or not isinstance(arguments, tuple):
+            raise ValueError("a call of something that is no function")
+        self.push(function.make(*arguments))
+
+    def build(self, _: object) -> None:
+        self.last(1)  # an OrderedDict's attributes (`_metadata`): of no use here
+        if not isinstance(self.stack[-1], Fields):
+            raise ValueError("state for something that is no OrderedDict")
+
+    def storage(self, _: object) -> None:
+        (found,) = self.last(1)
+        if not isinstance(found, tuple) or len(found) != 5 or found[0] != "storage":
+            raise ValueError("a reference that is no storage")
+        kind, key, _place, elements = found[1:]
+        if not isinstance(kind, StorageType) or not isinstance(key, str):
+            raise ValueError("a storage without a type or a key")
+        (size,) = _sizes((elements,))
+        self.push(Storage(key, kind.dtype, size))
+
+
+def _nothing(machine: _Machine, _: object) -> None:
+    return
+
+
+_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+    "PROTO": _nothing,
+    "FRAME": _nothing,
+    "STOP": _nothing,
+    "NONE": lambda m, _: m.push(None),
+    "NEWTRUE": lambda m, _: m.push(True),
+    "NEWFALSE": lambda m, _: m.push(False),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _Machine.push),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES"), _Machine.push),
+    "MARK": _Machine.mark,
+    "EMPTY_TUPLE": lambda m, _: m.push(()),
+    "TUPLE1": lambda m, _: m.push(m.last(1)),
+    "TUPLE2": lambda m, _: m.push(m.last(2)),
+    "TUPLE3": lambda m, _: m.push(m.last(3)),
+    "TUPLE": lambda m, _: m.push(tuple(m.to_mark())),
+    "EMPTY_LIST": lambda m, _: m.push([]),
+    "APPEND": lambda m, _: m.append(list(m.last(1))),
+    "APPENDS": lambda m, _: m.append(m.to_mark()),
+    "EMPTY_DICT": lambda m, _: m.push({}),
+    "SETITEM": lambda m, _: m.set_items(list(m.last(2))),
+    "SETITEMS": lambda m, _: m.set_items(m.to_mark()),
+    "BINPUT": _Machine.put,
+    "LONG_BINPUT": _Machine.put,
+    "MEMOIZE": lambda m, _: m.put(len(m.memo)),
+    "BINGET": lambda m, index: m.push(m.memo[index]),
+    "LONG_BINGET": lambda m, index: m.push(m.memo[index]),
+    "GLOBAL": lambda m, name: m.find(name.replace(" ", ".", 1)),
+    "STACK_GLOBAL": _Machine.find_on_stack,
+    "REDUCE": _Machine.reduce,
+    "BUILD": _Machine.build,
+    "BINPERSID": _Machine.storage,
+}
+
+
+def interpret(data: bytes, where: str) -> object:
+    """What the pickle `data` describes: dicts, lists, text, numbers and `PickledTensor`s.
+
+    Raises:
+        CheckpointError: it names something that is not on the list, uses another instruction, or is damaged.
+    """
+    machine = _Machine(where)
+    try:
+        for code, argument, _position in pickletools.genops(data):
+            if code.name not in _ACTIONS:
+                raise CheckpointError(
+                    f"{where} holds a pickle with the instruction {code.name}, which torch.save does not "
+                    "write: refused, nothing was executed",
+                    _TENSORS_ONLY,
+                )
+            _ACTIONS[code.name](machine, argument)
+        return machine.stack[-1]
+    except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
+        raise CheckpointError(f"{where} holds a damaged pickle: {shown(error, 80)}", "Download it again.") from error

@@ -1,0 +1,135 @@
+"""A model's folder: its config, its weight files by their headers, and the files that travel with it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.checkpoint.fingerprint import fingerprint_files
+from orchestrator.checkpoint.tensors import TensorInfo
+from orchestrator.checkpoint.trust import read_object, shown
+from orchestrator.checkpoint.weights import MODEL_FORMATS, read_weights
+from orchestrator.errors import CheckpointError
+
+CARRIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+"""Patterns of the files that a result carries over byte for byte; never weights or indexes."""
+
+_NEVER_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".part")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files, read no further than their headers.
+
+    Attributes:
+        path: the folder.
+        config: config.json as it is.
+        tensors: by name, in file order.
+        format: "safetensors" or "bin".
+        files: the weight files.
+        notes: what was noticed and decided, for the user.
+        digests: SHA-256 of each weight file's header, by file name.
+        index_digest: SHA-256 of the index; None where there is none.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    format: str
+    files: tuple[Path, ...]
+    notes: tuple[str, ...]
+    digests: dict[str, str]
+    index_digest: str | None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A model's folder, checked: every tensor named is there, in full, once. Links are followed.
+
+    Raises:
+        CheckpointError: no such folder, an adapter instead of a model, a config.json or an index that is
+            missing, damaged or contradictory, weights that are missing, truncated or malicious.
+    """
+    check_folder(path)
+    file = path / "config.json"
+    if not file.exists():
+        raise _no_config(path)
+    config = read_object(file)
+    weights = read_weights(path, MODEL_FORMATS)
+    if weights is None or not weights.tensors:
+        raise _no_weights(path)
+    return Checkpoint(
+        path,
+        config,
+        weights.tensors,
+        weights.format,
+        weights.files,
+        weights.notes,
+        weights.digests,
+        weights.index_digest,
+    )
+
+
+def check_folder(path: Path) -> None:
+    """Raises CheckpointError unless `path` is a folder that may be listed."""
+    where = shown(path, 400)
+    try:
+        if path.is_dir():
+            next(path.iterdir(), None)
+            return
+        exists = path.exists()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{where} cannot be read: {shown(error)}") from error
+    if exists:
+        raise CheckpointError(f"{where} is a file; a model is a folder", f"Give the folder: {shown(path.parent, 400)}")
+    raise CheckpointError(f"there is no folder {where}", "Give the path of a model's folder.")
+
+
+def carried_files(path: Path) -> tuple[Path, ...]:
+    """The files of a folder that a result carries over (see `CARRIED`), sorted by name."""
+    found = {file for pattern in CARRIED for file in path.glob(pattern)}
+    return tuple(sorted(file for file in found if file.is_file() and not file.name.endswith(_NEVER_CARRIED)))
+
+
+def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What identifies a checkpoint, JSON-able: names, sizes, times, header digests. No data are read."""
+    plain = (checkpoint.path / "config.json", *carried_files(checkpoint.path))
+    found = fingerprint_files(plain, checkpoint.files, checkpoint.digests)
+    return {"format": checkpoint.format, "index_sha256": checkpoint.index_digest, **found}
+
+
+def _no_config(path: Path) -> CheckpointError:
+    where = shown(path, 400)
+    if (path / "adapter_config.json").exists():
+        return CheckpointError(
+            f"{where} is an adapter, not a model: it has an adapter_config.json and no config.json",
+            f"Give it as model.adapter={where} and its base as model.path=...",
+        )
+    return CheckpointError(f"{where} has no config.json", "Give a folder as save_pretrained writes it.")
+
+
+def _no_weights(path: Path) -> CheckpointError:
+    where = shown(path, 400)
+    if (path / "adapter_config.json").exists():
+        return CheckpointError(
+            f"{where} has an adapter's weights and no model's",
+            f"Give it as model.adapter={where} and its base as model.path=...",
+        )
+    names = ", ".join(form.single for form in MODEL_FORMATS)
+    others = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".gguf", ".pth"))
+    there = f" (there is {shown(others[0])})" if others else ""
+    return CheckpointError(f"{where} holds no weights{there}: {names} or numbered shards", "Download the model again.")

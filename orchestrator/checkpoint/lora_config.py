@@ -1,0 +1,165 @@
+"""adapter_config.json: the few facts that a merge uses, and a reason for every feature that is refused.
+
+Names and meanings are those of PEFT's LoraConfig (0.21). A key that is not listed here is refused unless it is
+off: nothing that an adapter asks for is silently ignored.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.checkpoint.trust import shown
+from orchestrator.errors import CheckpointError
+
+_MAX_PATTERN = 1000
+_PEFT = "Merge it with PEFT (merge_and_unload) and give the merged model."
+
+_HARMLESS = frozenset(
+    (
+        "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r "
+        "target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save "
+        "init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core "
+        "loftq_config eva_config qalora_group_size runtime_config ensure_weight_tying"
+    ).split()
+)
+"""Used below, or of no consequence for a trained adapter (which modules were chosen, how it was started)."""
+
+_REFUSED = {
+    "use_dora": "DoRA",
+    "lora_bias": "biases in lora_B (lora_bias)",
+    "use_qalora": "QALoRA",
+    "trainable_token_indices": "trained token rows (trainable_token_indices)",
+    "target_parameters": "LoRA on parameters of experts (target_parameters)",
+    "layer_replication": "replicated layers (layer_replication)",
+    "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
+    "arrow_config": "Arrow routing",
+    "megatron_config": "Megatron layers",
+    "corda_config": "CorDA",
+    "lora_ga_config": "LoRA-GA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "use_bdlora": "block-diagonal LoRA (use_bdlora)",
+    "kasa_config": "KaSA",
+}
+
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""init_lora_weights that leave the base as it was. Others (pissa, olora, corda, loftq, lora_ga) change it, so
+that the adapter alone is not the difference to the original base."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What a merge needs of adapter_config.json; `base` is the name of the model it was trained on."""
+
+    rank: int
+    alpha: float
+    rank_pattern: tuple[tuple[str, int], ...]
+    alpha_pattern: tuple[tuple[str, float], ...]
+    rslora: bool
+    fan_in_fan_out: bool
+    modules_to_save: tuple[str, ...]
+    base: str
+
+    def rank_of(self, module: str) -> int:
+        """The rank that the config gives a module: the first pattern that matches, else `rank`."""
+        return _first_match(self.rank_pattern, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """s of W += s*B@A: alpha/r, or alpha/sqrt(r) with rank-stabilized LoRA (arXiv:2312.03732)."""
+        rank = self.rank_of(module)
+        alpha = _first_match(self.alpha_pattern, module, self.alpha)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def saves(self, module: str) -> bool:
+        """Whether `module` is one of modules_to_save (PEFT compares the end of the path)."""
+        return any(module == name or module.endswith(f".{name}") for name in self.modules_to_save)
+
+
+def _first_match(patterns: tuple[tuple[str, Any], ...], module: str, default: Any) -> Any:
+    # As PEFT's get_pattern_key does.
+    return next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def parse_lora_config(config: Mapping[str, Any], where: str) -> LoraConfig:
+    """Checks an adapter_config.json; `where` names it in messages.
+
+    Raises:
+        CheckpointError: not LoRA, a feature that is not merged here (named), or a value that makes no sense.
+    """
+    _refuse_features(config, where)
+    return LoraConfig(
+        rank=_rank(config.get("r", 8), "r", where),
+        alpha=_number(config.get("lora_alpha", 8), "lora_alpha", where),
+        rank_pattern=_patterns(config, "rank_pattern", _rank, where),
+        alpha_pattern=_patterns(config, "alpha_pattern", _number, where),
+        rslora=_flag(config, "use_rslora", where),
+        fan_in_fan_out=_flag(config, "fan_in_fan_out", where),
+        modules_to_save=_modules_to_save(config.get("modules_to_save"), where),
+        base=shown(config.get("base_model_name_or_path") or ""),
+    )
+
+
+def _refuse_features(config: Mapping[str, Any], where: str) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(f"{where}: the adapter is {shown(kind)}, not LORA: it cannot be merged here", _PEFT)
+    for key, feature in _REFUSED.items():
+        if config.get(key) not in (None, False, {}, []):
+            raise CheckpointError(f"{where}: the adapter uses {feature}, which is not merged here", _PEFT)
+    if config.get("bias", "none") != "none":
+        raise CheckpointError(
+            f"{where}: the adapter trained biases (bias={shown(config['bias'], 40)}), which is not merged here",
+            _PEFT,
+        )
+    start = config.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise CheckpointError(
+            f"{where}: init_lora_weights={shown(start, 40)} changed the base that the adapter was trained on",
+            "Save it converted to plain LoRA (PEFT: path_initial_model_for_weight_conversion).",
+        )
+    for key, value in config.items():
+        if key not in _HARMLESS and key not in _REFUSED and value not in (None, False, {}, [], ""):
+            raise CheckpointError(f"{where}: the option {shown(key)} is not known here", _PEFT)
+
+
+def _rank(value: object, key: str, where: str) -> int:
+    if type(value) is not int or not 0 < value < 2**31:
+        raise CheckpointError(f"{where}: {key} is {shown(value, 40)}, not a positive whole number")
+    return value
+
+
+def _number(value: object, key: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
+        raise CheckpointError(f"{where}: {key} is {shown(value, 40)}, not a number")
+    return value
+
+
+def _flag(config: Mapping[str, Any], key: str, where: str) -> bool:
+    value = config.get(key) or False
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{where}: {key} is {shown(value, 40)}, not true or false")
+    return value
+
+
+def _patterns(config: Mapping[str, Any], key: str, check: Any, where: str) -> tuple[tuple[str, Any], ...]:
+    given = config.get(key) or {}
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{where}: {key} is no object")
+    for pattern in given:
+        try:
+            if len(pattern) > _MAX_PATTERN:
+                raise re.error("too long")
+            re.compile(rf"(.*\.)?({pattern})$")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise CheckpointError(f"{where}: {key} has the pattern {shown(pattern)}: {error}") from error
+    return tuple((pattern, check(value, f"{key}.{shown(pattern)}", where)) for pattern, value in given.items())
+
+
+def _modules_to_save(value: object, where: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise CheckpointError(f"{where}: modules_to_save is no list of names")
+    return tuple(value)

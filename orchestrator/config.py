@@ -1,0 +1,365 @@
+"""The typed configuration: every key, its default, and the checks that need nothing but the configuration.
+
+Hydra composes it from conf/ and the command line; `from_hydra` turns the result into these dataclasses.
+Values that depend on a model or a machine are checked by the plan.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from orchestrator.backends.table import BACKENDS, METHODS, backends_with_key
+from orchestrator.errors import ConfigError
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+@dataclass
+class BackendConfig:
+    name: str = "auto"
+    library: str | None = None
+    python: str | None = None  # interpreter for the engine's process; unset: chosen by what is installed
+    engine_args: dict[str, Any] = field(default_factory=dict)  # passed to the engine as it is
+
+
+@dataclass
+class AdapterConfig:
+    path: str = "???"
+    name: str | None = None
+    weight: float = 1.0
+
+
+@dataclass
+class ModelConfig:
+    path: str | None = None  # a folder; unset: the embedded model with its adapter and prompts
+    revision: str | None = None
+    adapter: str | None = None  # short for adapters=[{path: ...}]
+    adapters: list[AdapterConfig] = field(default_factory=list)
+    merge: bool = True
+    max_context: int | None = None  # tokens of one sequence; unset: what fits, up to 4096 or the model's
+    dtype: str = "auto"  # of what is not quantized, and of the arithmetic
+    chat_template: str | None = None  # a Jinja file; unset: the model's
+    trust_remote_code: bool = False
+
+
+@dataclass
+class MergeConfig:
+    base: str = "original"
+
+
+@dataclass
+class CalibrationConfig:
+    file: str | None = None
+    rows: int | None = None
+    length: int | None = None
+
+
+@dataclass
+class QuantConfig:
+    method: str = "auto"
+    bits: float | None = None  # bits per weight
+    group_size: int | None = None
+    head_bits: int | None = None
+    double: bool | None = None  # bitsandbytes: quantize the quantization constants too
+    measurement: str | None = None
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+
+@dataclass
+class CacheConfig:
+    bits: int | None = None
+
+
+@dataclass
+class ParallelConfig:
+    tensor: int | None = None
+    pipeline: int | None = None
+    gpu_split: Any = None  # "auto", or a list of GiB
+    executor: str | None = None
+    nodes: int | None = None
+
+
+@dataclass
+class OffloadConfig:
+    folder: str | None = None
+    cpu_gib: float | None = None
+
+
+@dataclass
+class HardwareConfig:
+    profile: str = "auto"
+    cards: int | None = None  # a profile's number of cards
+    gpus: list[int] | None = None  # indexes of the machine's GPUs to use
+    memory_gib: float | None = None  # cap on each GPU
+    reserve_gib: float = 0.0  # of each GPU, or of the host where there is none, to leave free
+
+
+@dataclass
+class PromptsConfig:
+    file: str | None = None  # .txt: a prompt a line; .jsonl: {"prompt"} or {"messages"}; "-": standard input
+    text: Any = None  # one prompt, or a list
+
+
+@dataclass
+class GenerationConfig:
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ConvertConfig:
+    shard_size: str = "5GB"
+    dtype: str = "auto"  # of the merged checkpoint; auto: as the source has it
+    verify: bool = False
+
+
+@dataclass
+class OutputConfig:
+    path: str | None = None
+
+
+@dataclass
+class PathsConfig:
+    artifacts: str = "~/.cache/orchestrator/artifacts"
+    engines: str = "~/.cache/orchestrator/engines"
+    runs: str = "runs"
+
+
+@dataclass
+class RunConfig:
+    resume: str | None = None  # a run folder to continue
+    in_flight: int = 4  # prompts answered at a time
+
+
+@dataclass
+class ArtifactsConfig:
+    action: str = "list"
+    name: str | None = None  # one artifact; unset: all
+    unused_days: float = 30.0  # prune removes what no run has used for so long
+    dry_run: bool = False
+
+
+@dataclass
+class EngineConfig:
+    name: str | None = None
+
+
+@dataclass
+class TaskConfig:
+    name: str = "run"
+
+
+@dataclass
+class Config:
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+
+
+# Keys that only some engines understand: set for one that lacks them, they are refused, never ignored.
+ENGINE_KEYS = (
+    "quant.group_size",
+    "quant.head_bits",
+    "quant.double",
+    "quant.measurement",
+    "quant.calibration.file",
+    "quant.calibration.rows",
+    "quant.calibration.length",
+    "cache.bits",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.gpu_split",
+    "parallel.executor",
+    "parallel.nodes",
+    "offload.folder",
+    "offload.cpu_gib",
+    "backend.library",
+)
+
+
+def keys(node: Any = None, prefix: str = "") -> Iterator[str]:
+    """Every key of the configuration, dotted."""
+    node = Config() if node is None else node
+    for item in fields(node):
+        value, name = getattr(node, item.name), f"{prefix}{item.name}"
+        if is_dataclass(value):
+            yield from keys(value, f"{name}.")
+        else:
+            yield name
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """A sentence naming the known words nearest to `word`, or an empty string."""
+    near = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+    if not near:  # the right last part in the wrong place: "bits" for "quant.bits"
+        last = [name.rsplit(".", 1)[-1] for name in known]
+        close = difflib.get_close_matches(word.rsplit(".", 1)[-1], last, 1, 0.75)
+        near = [name for name in known if name.rsplit(".", 1)[-1] in close]
+    return f"Did you mean {' or '.join(near)}?" if near else ""
+
+
+def from_hydra(tree: DictConfig) -> Config:
+    """The composed tree as typed dataclasses, checked.
+
+    Raises:
+        ConfigError: for every problem found, all in one message.
+    """
+    try:
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    assert isinstance(config, Config)
+    if config.model.adapter:
+        config.model.adapters.insert(0, AdapterConfig(path=config.model.adapter))
+    problems = [problem for check in CHECKS for problem in check(config)]
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return config
+
+
+def _check_choices(config: Config) -> Iterator[str]:
+    choices: dict[str, tuple[str, ...]] = {
+        "model.dtype": DTYPES,
+        "convert.dtype": DTYPES,
+        "quant.method": ("auto", *METHODS),
+        "artifacts.action": ("list", "verify", "prune"),
+    }
+    for key, allowed in choices.items():
+        value = get(config, key)
+        if value not in allowed:
+            yield f"{key}={value} is not one of {', '.join(allowed)}"
+
+
+def _check_numbers(config: Config) -> Iterator[str]:
+    ranges: dict[str, tuple[float, float, str]] = {
+        "quant.bits": (2, 32, "2 to 32 bits"),
+        "model.max_context": (16, 2**24, "at least 16 tokens"),
+        "generation.max_tokens": (1, 2**20, "at least 1 token"),
+        "generation.temperature": (0, 10, "0 (greedy) to 10"),
+        "generation.top_p": (1e-6, 1, "above 0, up to 1"),
+        "generation.seed": (0, 2**63 - 1, "0 or more"),
+        "hardware.memory_gib": (0.1, 4096, "0.1 to 4096 GiB"),
+        "hardware.reserve_gib": (0, 4096, "0 to 4096 GiB"),
+        "run.in_flight": (1, 1024, "1 to 1024 prompts"),
+        "artifacts.unused_days": (0, 36500, "0 days or more"),
+    }
+    for key, (low, high, meaning) in ranges.items():
+        value = get(config, key)
+        if value is not None and not (math.isfinite(value) and low <= value <= high):
+            yield f"{key}={value} is out of range: {meaning}"
+    try:
+        parse_size(config.convert.shard_size)
+    except ValueError as error:
+        yield f"convert.shard_size={config.convert.shard_size}: {error}"
+
+
+def _check_engine_keys(config: Config) -> Iterator[str]:
+    name = config.backend.name
+    if name != "auto" and name not in BACKENDS:
+        yield f"backend.name={name} is not one of auto, {', '.join(BACKENDS)}. {did_you_mean(name, list(BACKENDS))}"
+        return
+    for key in ENGINE_KEYS:
+        if get(config, key) is None or (name != "auto" and key in BACKENDS[name].keys):
+            continue
+        able = backends_with_key(key)
+        if name != "auto":
+            yield f"{key} is not a setting of backend={name} ({_who(able)})"
+        elif not able:
+            yield f"{key} is set, and no backend of this version takes it"
+    if name != "auto" and config.quant.method not in ("auto", *BACKENDS[name].methods):
+        able = [b.name for b in BACKENDS.values() if config.quant.method in b.methods]
+        methods = ", ".join(BACKENDS[name].methods)
+        yield f"quant.method={config.quant.method} is not run by backend={name}, which has {methods} ({_who(able)})"
+
+
+def _who(able: list[str]) -> str:
+    return f"backend={' or '.join(able)} has it" if able else "no backend of this version has it"
+
+
+def _check_model(config: Config) -> Iterator[str]:
+    if config.model.adapter and len(config.model.adapters) > 1:
+        yield "model.adapter and model.adapters are both set: give all of them as model.adapters"
+    if not config.model.merge:
+        yield "model.merge=false (an adapter on top of its base) is not run by any backend of this version"
+    if config.merge.base != "original":
+        yield f"merge.base={config.merge.base}: this version merges onto the original base only"
+    if config.model.revision is not None:
+        yield "model.revision is for hub ids, and this version reads local folders only: download it first"
+
+
+def _check_prompts(config: Config) -> Iterator[str]:
+    text = config.prompts.text
+    if text is not None and config.prompts.file is not None:
+        yield "prompts.text and prompts.file are both set: give one"
+    if isinstance(text, list) and not all(isinstance(item, str | int | float) for item in text):
+        yield "prompts.text is a text or a list of texts"
+    if isinstance(text, dict):
+        yield "prompts.text is a text or a list of texts; quote it for the shell: 'prompts.text=What is {}?'"
+    if config.convert.verify:
+        yield "convert.verify=true is not in this version: task=artifacts artifacts.action=verify checks digests"
+
+
+CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
+    _check_choices,
+    _check_numbers,
+    _check_engine_keys,
+    _check_model,
+    _check_prompts,
+)
+
+SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "500MB", "5GB", "2GiB" or a plain number.
+
+    Raises:
+        ValueError: it is none of these, or not at least 1 MB (a shard smaller than that helps nobody).
+    """
+    cleaned = text.strip().upper()
+    unit = next((u for u in sorted(SIZE_UNITS, key=len, reverse=True) if cleaned.endswith(u)), "")
+    try:
+        size = float(cleaned.removesuffix(unit)) * SIZE_UNITS.get(unit, 1)
+    except ValueError:
+        raise ValueError("a size is a number and a unit: 500MB, 5GB, 2GiB") from None
+    if not (math.isfinite(size) and size >= 10**6):
+        raise ValueError("a shard is at least 1MB")
+    return int(size)
+
+
+def folder(path: str) -> Path:
+    """A path of the configuration: ~ expanded, absolute."""
+    return Path(path).expanduser().absolute()

@@ -1,0 +1,55 @@
+"""Whether every tensor of a loaded engine lies where the plan wanted it."""
+
+from __future__ import annotations
+
+from orchestrator.backends.protocol import LoadPlan
+from orchestrator.errors import EngineError
+
+Placement = dict[str, dict[str, int]]  # device -> {tensor name: bytes}
+
+_TOLERANCE = 0.02
+_SLACK = 1 << 20  # bytes: caches of rotary angles and the like, which no header lists
+_NAMED = 3  # tensors in a message
+
+
+def bytes_per_device(placement: Placement) -> dict[str, int]:
+    """device -> bytes."""
+    return {device: sum(tensors.values()) for device, tensors in placement.items()}
+
+
+def planned_device(plan: LoadPlan, tensor: str) -> str | None:
+    """The device of the longest module path of plan.device_map that holds the tensor; None where none does."""
+    paths = [path for path in plan.device_map if not path or tensor == path or tensor.startswith(path + ".")]
+    return plan.device_map[max(paths, key=len)] if paths else None
+
+
+def check_placement(plan: LoadPlan, placement: Placement) -> None:
+    """Compares what was loaded with the plan: each tensor's device, then the bytes of each device.
+
+    Raises:
+        EngineError: a tensor lies elsewhere (up to three are named, with both devices), or a device holds other
+            bytes than planned by more than 2% and 1 MiB (both numbers are given).
+    """
+    stray = []
+    for device, tensors in placement.items():
+        for name in tensors:
+            wanted = planned_device(plan, name)
+            if device not in plan.weights or (wanted is not None and wanted != device):
+                stray.append(
+                    f"{name} is on {device}, planned on {wanted or ' or '.join(sorted(plan.weights))}"
+                )
+    if stray:
+        more = f" and {len(stray) - _NAMED} more tensors" if len(stray) > _NAMED else ""
+        raise EngineError(
+            f"the engine did not load as planned: {'; '.join(stray[:_NAMED])}{more}",
+            "Plan for less on that device (hardware.memory_gib, parallel.gpu_split), or quantize to fewer bits",
+        )
+    actual = bytes_per_device(placement)
+    for device, planned in sorted(plan.weights.items()):
+        found = actual.get(device, 0)
+        if abs(found - planned) > _TOLERANCE * planned + _SLACK:
+            raise EngineError(
+                f"{device} holds {found:,} bytes of weights, but the plan says {planned:,}: "
+                "the memory model does not describe this checkpoint",
+                "Run task=plan on the same files to see what was expected of each device",
+            )

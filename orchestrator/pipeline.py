@@ -1,0 +1,118 @@
+"""Which stages a request needs, and running those whose artifact is not there yet."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestrator.artifacts import Artifact, Built, Recipe, Store
+from orchestrator.checkpoint.adapter import Adapter
+from orchestrator.checkpoint.folder import Checkpoint, fingerprint
+from orchestrator.config import Config, folder, parse_size
+from orchestrator.report.console import note, progress, size
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A folder that an engine can load, and the artifacts that it came from."""
+
+    path: Path
+    artifacts: tuple[Artifact, ...] = ()
+    built: tuple[str, ...] = ()  # names of those that were built now
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a request starts from: a base, and adapters with their weights."""
+
+    base: Checkpoint
+    adapters: tuple[tuple[Adapter, float], ...] = ()
+    name: str = ""
+    embedded: bool = field(default=False)
+
+
+def merge_recipe(config: Config, source: Source) -> Recipe | None:
+    """The recipe of the merge (or of the plain conversion) that a request needs; None where its files will do."""
+    from orchestrator.stages.merge import STAGE_VERSION
+
+    dtype = config.convert.dtype
+    if not source.adapters and source.base.format == "safetensors" and dtype == "auto":
+        return None
+    options = {
+        "dtype": dtype,
+        "shard_size": parse_size(config.convert.shard_size),
+        "weights": [weight for _, weight in source.adapters],
+    }
+    return Recipe("merge" if source.adapters else "convert", STAGE_VERSION, options, _inputs(source))
+
+
+def _inputs(source: Source) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"base": fingerprint(source.base)}
+    inputs |= {f"adapter{i}": adapter.fingerprint() for i, (adapter, _) in enumerate(source.adapters)}
+    return inputs
+
+
+def prepare(config: Config, source: Source, status: Callable[[str], None]) -> Model:
+    """Runs the stages that a request needs and whose artifact is not there yet.
+
+    Raises:
+        CheckpointError, StageError, DoesNotFitError, RequestError: see the stages and the store.
+    """
+    recipe = merge_recipe(config, source)
+    if recipe is None:
+        return Model(source.base.path)
+    store = Store(folder(config.paths.artifacts))
+    if (found := store.find(recipe)) is None:
+        status("merging" if source.adapters else "converting")
+    from orchestrator.stages.merge import merged_size
+
+    started = time.monotonic()
+    artifact, built = store.build(
+        recipe,
+        make=lambda out: _merge(config, source, recipe, out),
+        needed=0 if found else merged_size(source.base, source.adapters, _dtype(config)),
+        unchanged=lambda: _inputs(source) == recipe.inputs,
+        waiting=lambda: note(f"waiting for another run that builds {recipe.name}"),
+    )
+    if built:
+        note(f"{recipe.stage}: {size(artifact.size)} in {time.monotonic() - started:.1f} s -> {artifact.path}")
+    else:
+        note(f"{recipe.stage}: found, nothing to build -> {artifact.path}")
+    return Model(artifact.path, (artifact,), (artifact.name,) if built else ())
+
+
+def _dtype(config: Config) -> str | None:
+    return None if config.convert.dtype == "auto" else config.convert.dtype
+
+
+def _merge(config: Config, source: Source, recipe: Recipe, out: Path) -> Built:
+    from orchestrator.stages.merge import merge
+
+    title = "merging" if source.adapters else "converting"
+    with progress(title) as show:
+        return merge(
+            source.base,
+            source.adapters,
+            out,
+            dtype=_dtype(config),
+            shard_size=recipe.options["shard_size"],
+            progress=show,
+        )
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions of packages, those that are there."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

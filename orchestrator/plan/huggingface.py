@@ -1,0 +1,182 @@
+"""Memory of transformers and bitsandbytes: exact bytes of weights, bounds for the rest.
+
+Weights are what the loaded modules hold, tensor by tensor (checked against real loads in tests/engines). The KV
+cache is transformers' DynamicCache, which grows with the tokens there are: the figure is for a full context of
+every sequence in flight. Scratch is a bound from the shapes of one prefill, not a measurement.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from orchestrator.checkpoint.spec import ModelSpec, SpecTensor
+from orchestrator.hardware import MIB, Hardware
+from orchestrator.plan.types import Ask, Candidate, DeviceBytes
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Resident memory of the process before any weight: interpreter, torch, transformers, the engine. Measured on
+# Linux x86-64 with torch 2.13 on the CPU; with CUDA the libraries take more of the host.
+HOST_RUNTIME = {"cpu": 700 * MIB, "cuda": 3000 * MIB}
+CUDA_RUNTIME = 700 * MIB  # context, kernels and cuBLAS workspace of one process on one GPU
+QUANT_BLOCK = 64  # bitsandbytes' 4-bit blocks: one float32 absmax each
+NESTED_BLOCK = 256  # double quantization: one float32 for so many absmax bytes
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the model that stays on one device: an embedding, a layer, the head."""
+
+    modules: tuple[str, ...]
+    weights: int
+    kv_per_token: int
+
+
+def linear_bytes(shape: tuple[int, ...], method: str, dtype: str, double: bool) -> int:
+    """Bytes of one quantized linear weight of shape (out, in), with everything stored beside it."""
+    count = math.prod(shape)
+    if method == "int8":
+        return count + 4 * shape[0]  # one float32 scale per row
+    if method in ("nf4", "fp4"):
+        blocks = math.ceil(count / QUANT_BLOCK)
+        codebook = 16 * 4
+        if not double:
+            return math.ceil(count / 2) + 4 * blocks + codebook
+        nested = 4 * math.ceil(blocks / NESTED_BLOCK) + 256 * 4 + 4
+        return math.ceil(count / 2) + blocks + nested + codebook
+    return count * DTYPE_BYTES[dtype]
+
+
+def tensor_bytes(tensor: SpecTensor, ask: Ask) -> int:
+    """Bytes of one tensor once loaded: linears of the layers quantized, everything else in the dtype."""
+    if tensor.role == "linear":
+        return linear_bytes(tensor.shape, ask.method, ask.dtype, ask.double_quant)
+    return math.prod(tensor.shape) * DTYPE_BYTES[ask.dtype]
+
+
+def units(spec: ModelSpec, ask: Ask) -> list[Unit]:
+    """The model in the order of its forward pass. A tied head stays with the embedding."""
+    kv = 2 * spec.kv_heads * spec.head_dim * DTYPE_BYTES[ask.dtype]
+    first: dict[str, int] = {}
+    layers: dict[int, tuple[str, int]] = {}
+    last: dict[str, int] = {}
+    for tensor in spec.tensors:
+        size = tensor_bytes(tensor, ask)
+        if tensor.layer is not None:
+            prefix = re.split(rf"(?<=\.{tensor.layer})\.", tensor.name, maxsplit=1)[0]
+            layers[tensor.layer] = (prefix, layers.get(tensor.layer, ("", 0))[1] + size)
+        else:
+            module = tensor.name.rsplit(".", 1)[0]
+            part = first if tensor.role == "embedding" else last
+            part[module] = part.get(module, 0) + size
+    body = next(iter(layers.values()))[0].rsplit(".", 2)[0]
+    first_modules = (*first, f"{body}.rotary_emb", *(("lm_head",) if spec.tied else ()))
+    return [
+        Unit(first_modules, sum(first.values()), 0),
+        *(Unit((prefix,), size, kv) for _, (prefix, size) in sorted(layers.items())),
+        Unit(tuple(last), sum(last.values()), 0),
+    ]
+
+
+def scratch_bytes(spec: ModelSpec, ask: Ask, context: int) -> int:
+    """A bound on the activations of one prefill of `max_in_flight` sequences of `context` tokens.
+
+    Per token three hidden states, queries, keys and values and two rows of the MLP; the attention mask; float32
+    logits of the last position, twice; for 4 bit, the largest linear dequantized.
+    """
+    size = DTYPE_BYTES[ask.dtype]
+    tokens = ask.max_in_flight * context
+    attention = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+    activations = tokens * (3 * spec.hidden + attention + 2 * spec.intermediate) * size
+    mask = ask.max_in_flight * context * context * size
+    logits = 2 * ask.max_in_flight * spec.vocab * 4
+    linears = [math.prod(t.shape) for t in spec.tensors if t.role == "linear"]
+    dequantized = max(linears, default=0) * size if ask.method in ("nf4", "fp4") else 0
+    return activations + mask + logits + dequantized
+
+
+def estimate(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
+    """Where everything goes, and whether it fits, with the largest context up to the one asked for."""
+    parts = units(spec, ask)
+    wanted = ask.max_context if ask.max_context is not None else min(ask.goal, spec.max_context)
+    best = _place(spec, hardware, ask, parts, wanted)
+    if best.fits or ask.max_context is not None:
+        return best
+    low, high = 0, wanted  # the largest context that fits lies between; low always fits, or is 0
+    while high - low > 64:
+        middle = (low + high) // 2
+        tried = _place(spec, hardware, ask, parts, middle)
+        if tried.fits:
+            low, best = middle, tried
+        else:
+            high = middle
+    return best
+
+
+def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: list[Unit], context: int) -> Candidate:
+    place = _on_gpus if hardware.gpus else _on_host
+    return place(spec, hardware, ask, parts, context)
+
+
+def _on_host(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: list[Unit], context: int) -> Candidate:
+    weights = sum(part.weights for part in parts)
+    kv = sum(part.kv_per_token for part in parts) * context * ask.max_in_flight
+    scratch = scratch_bytes(spec, ask, context)
+    host = DeviceBytes("cpu", weights, kv, scratch, HOST_RUNTIME["cpu"], hardware.host_available)
+    return _candidate(ask, context, (), host, {"": "cpu"}, {"cpu": weights})
+
+
+def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: list[Unit], context: int) -> Candidate:
+    """Fills the GPUs in order; what is over stays on the last one, which then does not fit."""
+    scratch = scratch_bytes(spec, ask, context)
+    room = [gpu.free - CUDA_RUNTIME - scratch for gpu in hardware.gpus]
+    weights, cache = [0] * len(room), [0] * len(room)
+    device_map: dict[str, str] = {}
+    at = 0
+    for part in parts:
+        kv = part.kv_per_token * context * ask.max_in_flight
+        while at < len(room) - 1 and weights[at] + cache[at] + part.weights + kv > room[at]:
+            at += 1
+        weights[at] += part.weights
+        cache[at] += kv
+        device_map |= dict.fromkeys(part.modules, f"cuda:{hardware.gpus[at].index}")
+    used = [i for i, size in enumerate(weights) if size]
+    gpus = tuple(
+        DeviceBytes(f"cuda:{gpu.index}", weights[i], cache[i], scratch, CUDA_RUNTIME, gpu.free)
+        for i, gpu in enumerate(hardware.gpus)
+        if i in used
+    )
+    if len(used) == 1:
+        device_map = {"": gpus[0].device}
+    host = DeviceBytes("cpu", 0, 0, 0, HOST_RUNTIME["cuda"], hardware.host_available)
+    return _candidate(ask, context, gpus, host, device_map, {gpu.device: gpu.weights for gpu in gpus})
+
+
+def _candidate(
+    ask: Ask,
+    context: int,
+    gpus: tuple[DeviceBytes, ...],
+    host: DeviceBytes,
+    device_map: dict[str, str],
+    weights: dict[str, int],
+) -> Candidate:
+    over = [d for d in (*gpus, host) if d.total > d.capacity]
+    reasons = tuple(
+        f"{d.device} needs {d.total / 2**30:.2f} GiB and has {d.capacity / 2**30:.2f} GiB free" for d in over
+    )
+    return Candidate(
+        backend=ask.backend,
+        method=ask.method,
+        bits=ask.bits,
+        dtype=ask.dtype,
+        double_quant=ask.double_quant,
+        fits=not over and context > 0,
+        reasons=reasons,
+        max_context=context,
+        max_in_flight=ask.max_in_flight,
+        gpus=gpus,
+        host=host,
+        device_map=device_map,
+        weights=weights,
+    )

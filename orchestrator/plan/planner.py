@@ -1,0 +1,213 @@
+"""The plan: every engine and width that was asked about, what fits, and the best of it. No torch, no GPU needed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+from orchestrator.backends.table import BACKENDS, METHODS, Backend
+from orchestrator.checkpoint.spec import ModelSpec
+from orchestrator.config import ENGINE_KEYS, Config, get
+from orchestrator.engine.interpreters import interpreter, require
+from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError
+from orchestrator.hardware import Hardware
+from orchestrator.plan.types import Ask, Candidate, Plan
+
+GIB = 2**30
+GOAL_CONTEXT = 4096  # tokens that a plan tries to keep where none were asked for
+
+
+def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
+    """The best candidate first, by the design's order.
+
+    Fits; then the least loss of precision that keeps the context; then speed; installed before not installed.
+
+    Raises:
+        ConfigError: no engine has the method, the bits and the keys that were asked for together.
+        DoesNotFitError: never here: a plan that does not fit is an answer too (see `must_fit`).
+    """
+    _check_context(config, spec)
+    if spec.quantization is not None:
+        method = spec.quantization.get("quant_method", "unknown")
+        raise ConfigError(
+            f"the model is quantized already ({method}), and no engine of this version runs that",
+            "Set model.path to the unquantized model.",
+        )
+    asks = list(_asks(config, hardware))
+    if not asks:
+        raise ConfigError(_nothing_matches(config))
+    candidates = [_estimate(config, spec, hardware, ask) for ask in asks]
+    goal = config.model.max_context or min(GOAL_CONTEXT, spec.max_context)
+    candidates.sort(key=lambda c: _rank(c, goal))
+    return Plan(candidates[0], tuple(candidates), (*spec.notes, *hardware.notes))
+
+
+def must_fit(plan: Plan, config: Config, spec: ModelSpec, hardware: Hardware) -> None:
+    """Refuses a plan that does not fit.
+
+    Raises:
+        DoesNotFitError: with what is missing where, and what would fit.
+    """
+    if not plan.chosen.fits:
+        ways = _ways_out(config, spec, hardware, plan)
+        raise DoesNotFitError(f"{plan.chosen.label} does not fit: {'; '.join(plan.chosen.reasons)}", ways)
+
+
+def runnable(plan: Plan, config: Config, hardware: Hardware) -> tuple[Candidate, str]:
+    """The candidate that a real run takes, and its interpreter.
+
+    With backend=auto an installed engine that fits comes before a better one that is not installed.
+
+    Raises:
+        EngineUnavailableError: the engine that was asked for, or every one, is not installed.
+    """
+    fitting = [c for c in plan.candidates if c.fits]
+    if config.backend.name == "auto":
+        fitting = [c for c in fitting if c.installed] or fitting
+    chosen = fitting[0]
+    if hardware.device not in BACKENDS[chosen.backend].devices:
+        raise EngineUnavailableError(f"backend={chosen.backend} needs a CUDA GPU, and there is none here")
+    return chosen, require(BACKENDS[chosen.backend], config, hardware.device)
+
+
+def why(chosen: Candidate, plan: Plan, config: Config) -> str:
+    """The choice in one sentence."""
+    others = [c for c in plan.candidates if c is not chosen]
+    if not others:
+        return "the one that was asked for"
+    if not any(c.fits for c in others):
+        return "the only one that fits"
+    better = [c for c in others if c.fits and METHODS[c.method].loss < METHODS[chosen.method].loss]
+    if better:
+        return f"installed, unlike {better[0].label}"
+    asked = f" with {config.quant.bits:g} bits" if config.quant.bits is not None else ""
+    return f"it fits{asked} and loses the least"
+
+
+def _check_context(config: Config, spec: ModelSpec) -> None:
+    asked = config.model.max_context
+    if asked is not None and asked > spec.max_context:
+        raise ConfigError(
+            f"model.max_context={asked} is more than the {spec.max_context} tokens that this model was made for",
+            f"Set model.max_context={spec.max_context} or less.",
+        )
+
+
+def _asks(config: Config, hardware: Hardware) -> Iterator[Ask]:
+    set_keys = {key for key in ENGINE_KEYS if get(config, key) is not None}
+    for backend in BACKENDS.values():
+        if config.backend.name not in ("auto", backend.name) or not set_keys <= backend.keys:
+            continue
+        for method, bits in _widths(config, backend, hardware):
+            dtype = _dtype(config, method, bits, hardware)
+            if dtype is None:
+                continue
+            yield Ask(
+                backend=backend.name,
+                method=method,
+                bits=bits,
+                dtype=dtype,
+                double_quant=bool(config.quant.double) and method in ("nf4", "fp4"),
+                max_context=config.model.max_context,
+                goal=GOAL_CONTEXT,
+                max_in_flight=config.run.in_flight,
+            )
+
+
+def _widths(config: Config, backend: Backend, hardware: Hardware) -> Iterator[tuple[str, float]]:
+    """(method, bits) pairs of a backend that the request allows. A method is automatic unless it is named."""
+    seen: set[float] = set()
+    for method, widths in backend.methods.items():
+        if config.quant.method not in ("auto", method):
+            continue
+        for bits in widths:
+            if config.quant.bits not in (None, bits):
+                continue
+            if config.quant.method == "auto" and bits in seen:
+                continue  # another method of the same width: only when it is asked for (fp4 beside nf4)
+            if bits == 32 and config.quant.bits is None and config.model.dtype == "auto" and hardware.gpus:
+                continue  # on a GPU, 32 bit is for who asks for it
+            seen.add(bits)
+            yield method, bits
+
+
+def _dtype(config: Config, method: str, bits: float, hardware: Hardware) -> str | None:
+    """The dtype of the arithmetic and of what is not quantized; None where it contradicts the bits.
+
+    bfloat16 needs compute capability 8.0; CPUs compute in float32, as the kernels there do at their best.
+    """
+    asked = config.model.dtype
+    if method == "none":
+        if asked != "auto":
+            return asked if bits == (32 if asked == "float32" else 16) else None
+        if bits == 32:
+            return "float32"
+    elif asked != "auto":
+        return asked
+    if not hardware.gpus:
+        return "bfloat16" if method == "none" else "float32"
+    return "bfloat16" if all(gpu.capability >= (8, 0) for gpu in hardware.gpus) else "float16"
+
+
+def _estimate(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
+    backend = BACKENDS[ask.backend]
+    module, function = backend.memory.split(":")
+    candidate: Candidate = getattr(importlib.import_module(module), function)(spec, hardware, ask)
+    return replace(candidate, installed=interpreter(backend, config, hardware.device) is not None)
+
+
+def _rank(candidate: Candidate, goal: int) -> tuple[float, ...]:
+    speed = BACKENDS[candidate.backend].speed.get(candidate.method, 0.0)
+    short = candidate.max_context < goal
+    need = sum(device.total for device in candidate.devices)
+    if not candidate.fits:  # nearest to fitting first
+        return (1, need)
+    return (0, short, METHODS[candidate.method].loss, -candidate.bits, -speed, not candidate.installed)
+
+
+def _nothing_matches(config: Config) -> str:
+    asked = [f"backend={config.backend.name}"]
+    asked += [f"quant.method={config.quant.method}"] if config.quant.method != "auto" else []
+    asked += [f"quant.bits={config.quant.bits:g}"] if config.quant.bits is not None else []
+    asked += [f"model.dtype={config.model.dtype}"] if config.model.dtype != "auto" else []
+    asked += [f"{key}={get(config, key)}" for key in ENGINE_KEYS if get(config, key) is not None]
+    have = [
+        f"{b.name} has {', '.join(f'{m} at {w:g} bits' for m, ws in b.methods.items() for w in ws)}"
+        for b in BACKENDS.values()
+        if config.backend.name in ("auto", b.name)
+    ]
+    return f"no engine runs {' with '.join(asked)}: {'; '.join(have)}"
+
+
+def _ways_out(config: Config, spec: ModelSpec, hardware: Hardware, plan: Plan) -> str:
+    """What would fit, cheapest change first, each with its number."""
+    short = replace(plan.chosen, max_context=0)
+    tries: list[tuple[str, Config]] = []
+    if config.run.in_flight > 1:
+        tries.append(("run.in_flight=1", _changed(config, in_flight=1)))
+    if config.model.max_context is not None:
+        tries.append(("a shorter model.max_context", _changed(config, context=True)))
+    tries.append(("another width", _changed(config, in_flight=1, context=True, width=True)))
+    for name, other in tries:
+        found = min((_estimate(other, spec, hardware, a) for a in _asks(other, hardware)), key=lambda c: _rank(c, 0))
+        if found.fits:
+            need = max(d.total / GIB for d in found.devices)
+            settings = f"backend={found.backend} quant.bits={found.bits:g} model.max_context={found.max_context}"
+            how = name if name.startswith("run.") else f"{settings} run.in_flight={found.max_in_flight}"
+            return f"What would fit: {how} ({need:.2f} GiB)."
+        short = found
+    have = sum(d.capacity for d in short.devices) / GIB
+    need = sum(d.total for d in short.devices) / GIB
+    return f"Nothing that this version has would fit: {short.label} needs {need:.2f} GiB of {have:.2f} GiB."
+
+
+def _changed(config: Config, *, in_flight: int | None = None, context: bool = False, width: bool = False) -> Config:
+    """A copy of the configuration with less asked for."""
+    run = replace(config.run, in_flight=in_flight) if in_flight else config.run
+    model = replace(config.model, max_context=None) if context else config.model
+    if not width:
+        return replace(config, run=run, model=model)
+    quant = replace(config.quant, bits=None, method="auto", double=None)
+    backend = replace(config.backend, name="auto")
+    return replace(config, run=run, model=replace(model, dtype="auto"), quant=quant, backend=backend)

@@ -1,0 +1,131 @@
+"""What the plan asks, and what it answers. All sizes are bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DeviceBytes:
+    """One device's share of a plan.
+
+    Attributes:
+        device: "cuda:0", ..., or "cpu" for the host.
+        runtime: the engine's libraries and the CUDA context, whatever the model.
+        capacity: what is free there for this run.
+    """
+
+    device: str
+    weights: int
+    kv_cache: int
+    scratch: int
+    runtime: int
+    capacity: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.scratch + self.runtime
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "weights": self.weights,
+            "kv_cache": self.kv_cache,
+            "scratch": self.scratch,
+            "runtime": self.runtime,
+            "total": self.total,
+            "capacity": self.capacity,
+        }
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One combination to look at: an engine, a method, a width.
+
+    Attributes:
+        max_context: tokens that were asked for; None: as many as fit, up to the goal.
+        goal: tokens of context to reach where none were asked for.
+        max_in_flight: sequences at a time.
+    """
+
+    backend: str
+    method: str
+    bits: float
+    dtype: str
+    double_quant: bool
+    max_context: int | None
+    goal: int
+    max_in_flight: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One combination's answer: does it fit, and where everything goes."""
+
+    backend: str
+    method: str
+    bits: float
+    dtype: str
+    double_quant: bool
+    fits: bool
+    reasons: tuple[str, ...]
+    max_context: int
+    max_in_flight: int
+    gpus: tuple[DeviceBytes, ...]
+    host: DeviceBytes
+    device_map: dict[str, str]
+    weights: dict[str, int]  # device -> bytes of weights put there
+    installed: bool = True
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    gpu_split: tuple[float, ...] = ()
+
+    @property
+    def devices(self) -> tuple[DeviceBytes, ...]:
+        """Every device that the plan uses."""
+        return (*self.gpus, self.host)
+
+    @property
+    def label(self) -> str:
+        """As a person says it: "bitsandbytes NF4 (4 bits)"."""
+        double = ", double quantization" if self.double_quant else ""
+        method = "" if self.method == "none" else f" {self.method}"
+        return f"{self.backend}{method} ({self.bits:g} bits{double})"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "fits": self.fits,
+            "reasons": list(self.reasons),
+            "backend": self.backend,
+            "method": self.method,
+            "bits": self.bits,
+            "double_quant": self.double_quant,
+            "dtype": self.dtype,
+            "installed": self.installed,
+            "tensor_parallel": self.tensor_parallel,
+            "pipeline_parallel": self.pipeline_parallel,
+            "gpu_split": list(self.gpu_split),
+            "max_context": self.max_context,
+            "max_in_flight": self.max_in_flight,
+            "gpus": [gpu.to_json() for gpu in self.gpus],
+            "host": self.host.to_json(),
+            "device_map": self.device_map,
+            "weights": self.weights,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chosen candidate, and all of them, best first."""
+
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.chosen.to_json(),
+            "notes": list(self.notes),
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+        }

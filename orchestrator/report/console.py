@@ -1,0 +1,66 @@
+"""What a person sees: tables and progress on stderr, answers on stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Progress = Callable[[int, int, str], None]  # done, total (bytes), what is being worked on
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def console(stream: Any = None) -> Console:
+    """A rich console on stderr (or `stream`), as wide as the terminal, 100 columns where there is none."""
+    from rich.console import Console
+
+    stream = sys.stderr if stream is None else stream
+    return Console(file=stream, width=None if stream.isatty() else 110, highlight=False, soft_wrap=False)
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them: 1.50 GiB."""
+    for unit in UNITS:
+        if abs(count) < 1024 or unit == UNITS[-1]:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def note(text: str) -> None:
+    """One line for the person."""
+    console().print(text, markup=False)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Progress]:
+    """A bar with bytes and the time left on a terminal; a line every ten seconds elsewhere."""
+    out = console()
+    if not out.is_terminal:
+        yield _lines(title)
+        return
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bar(*columns, TimeRemainingColumn(), TextColumn("{task.fields[what]}"), console=out) as bar:
+        task = bar.add_task(title, total=None, what="")
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, what=what)
+
+
+def _lines(title: str) -> Progress:
+    last = time.monotonic()
+
+    def show(done: int, total: int, what: str) -> None:
+        nonlocal last
+        if done >= total or time.monotonic() - last > 10:
+            last = time.monotonic()
+            print(f"{title}: {size(done)} of {size(total)} ({what})", file=sys.stderr, flush=True)
+
+    return show

@@ -1,0 +1,102 @@
+"""The plan and the result as tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.backends.table import METHODS
+from orchestrator.checkpoint.spec import ModelSpec
+from orchestrator.hardware import Hardware
+from orchestrator.plan.types import Candidate, Plan
+from orchestrator.report.console import size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    return table
+
+
+def model_line(name: str, spec: ModelSpec, adapters: int) -> str:
+    """The model in one line."""
+    more = f", {adapters} adapter{'s' * (adapters != 1)}" if adapters else ""
+    return (
+        f"{name}: {spec.architecture}, {spec.parameters / 1e6:,.1f} M parameters in {spec.dtype}, "
+        f"{spec.layers} layers, context {spec.max_context}{more}"
+    )
+
+
+def hardware_line(hardware: Hardware) -> str:
+    """The machine in one line."""
+    host = f"{size(hardware.host_available)} of {size(hardware.host_total)} host memory free, {hardware.cpus} CPUs"
+    if not hardware.gpus:
+        return f"no GPU; {host}"
+    gpus = ", ".join(f"{gpu.name} {size(gpu.free)}" for gpu in hardware.gpus)
+    return f"{len(hardware.gpus)} GPU{'s' * (len(hardware.gpus) != 1)} ({gpus}); {host}"
+
+
+def plan_table(candidate: Candidate) -> Table:
+    """Bytes per device of the chosen candidate against what is there."""
+    table = _table(
+        f"Plan: {candidate.label}, {candidate.dtype}, {candidate.max_in_flight} in flight, "
+        f"context {candidate.max_context}",
+        *("device", "weights", "KV cache", "scratch", "runtime", "total", "free", "left"),
+    )
+    for device in candidate.devices:
+        left = device.capacity - device.total
+        cells = (
+            device.weights,
+            device.kv_cache,
+            device.scratch,
+            device.runtime,
+            device.total,
+            device.capacity,
+        )
+        style = "" if left >= 0 else "red"
+        table.add_row(device.device, *map(size, cells), size(left), style=style)
+    return table
+
+
+def candidates_table(plan: Plan) -> Table:
+    """Every engine and width that was asked about, best first."""
+    table = _table("What could run it, best first", "engine", "method", "bits", "fits", "needs", "context", "installed")
+    for c in plan.candidates:
+        need = max(c.devices, key=lambda d: d.total / max(1, d.capacity))
+        fits = "yes" if c.fits else "no"
+        method = METHODS[c.method].label + (" double" if c.double_quant else "")
+        cells = (c.backend, method, f"{c.bits:g}", fits, f"{size(need.total)} on {need.device}")
+        table.add_row(*cells, str(c.max_context), "yes" if c.installed else "no", style="" if c.fits else "dim")
+    return table
+
+
+def result_table(plan: Candidate, measured: dict[str, Any]) -> Table:
+    """What was predicted and what was measured."""
+    table = _table("Result", "", "predicted", "measured")
+    placement = measured["placement"]
+    for device in plan.devices:
+        if device.weights:
+            table.add_row(f"weights on {device.device}", size(device.weights), size(placement.get(device.device, 0)))
+    table.add_row("peak host memory of the engine", size(plan.host.total), size(measured["host_peak_bytes"]))
+    for gpu, peak in zip(plan.gpus, measured["gpu_peak_bytes"], strict=False):
+        table.add_row(f"peak memory of {gpu.device}", size(gpu.total - gpu.runtime), size(peak))
+    rows = (
+        ("load", "load_s", "s"),
+        ("time to first token (median)", "ttft_s", "s"),
+        ("prefill", "prefill_tokens_per_s", "tokens/s"),
+        ("decode", "decode_tokens_per_s", "tokens/s"),
+        ("whole run", "total_s", "s"),
+    )
+    for label, key, unit in rows:
+        value = measured[key]
+        table.add_row(
+            label,
+            "",
+            "-" if value is None else f"{value:,.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}",
+        )
+    return table

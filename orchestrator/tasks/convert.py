@@ -1,0 +1,76 @@
+"""task=convert: the model that an engine would load, without loading it; output.path puts it where it is wanted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from orchestrator.artifacts import MANIFEST
+from orchestrator.config import Config, folder
+from orchestrator.errors import ConfigError, RequestError
+from orchestrator.pipeline import Model, prepare
+from orchestrator.report.console import note
+from orchestrator.runfolder import RunFolder
+from orchestrator.tasks.session import find_source
+
+
+def convert(config: Config, run: RunFolder) -> None:
+    """Merges and converts; with output.path a folder of the user's gets the files (hard links where possible).
+
+    Raises:
+        RequestError: output.path is there already and not empty.
+    """
+    output = folder(config.output.path) if config.output.path is not None else None
+    if output is not None:
+        _check_output(output)
+    config, source = find_source(config)
+    model = prepare(config, source, run.status)
+    if not model.artifacts and output is None:
+        note(f"{model.path} is safetensors already and has no adapter: nothing to do")
+    if output is not None:
+        export(model, output)
+        note(f"finished model: {output}")
+    run.write(
+        "result.json",
+        {
+            "model": str(source.base.path),
+            "output": str(output or model.path),
+            "artifacts": [{"name": a.name, "built": a.name in model.built} for a in model.artifacts],
+            "stages_run": list(model.built),
+            "reports": {a.name: a.manifest["report"] for a in model.artifacts},
+        },
+    )
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output.path={output} is a file", "Name a folder.")
+    if output.is_dir() and any(output.iterdir()):
+        raise RequestError(f"output.path={output} is not empty", "Name a new folder, or remove what is in it.")
+
+
+def export(model: Model, output: Path) -> None:
+    """Puts a model's files into `output`, all or none: made beside it, renamed at the end.
+
+    Raises:
+        RequestError: it cannot be written there.
+    """
+    part = output.with_name(f".{output.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for source in sorted(p for p in model.path.iterdir() if p.is_file() and p.name != MANIFEST):
+            _link(source.resolve(), part / source.name)
+        part.rename(output)
+    except OSError as error:
+        raise RequestError(f"output.path={output}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)

@@ -1,0 +1,122 @@
+"""task=engine: an interpreter of its own for an engine, from a pinned list that ships in the package."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from filelock import FileLock
+
+from orchestrator.artifacts import digest
+from orchestrator.config import Config, did_you_mean, folder
+from orchestrator.engine.interpreters import MANIFEST, backends_of, interpreter, known, pins_folder
+from orchestrator.errors import ConfigError, EngineUnavailableError, RequestError, StageError
+from orchestrator.report.console import console, note
+from orchestrator.runfolder import RunFolder, write_json
+
+log = logging.getLogger(__name__)
+
+
+def engine(config: Config, run: RunFolder) -> None:
+    """Makes <paths.engines>/<engine.name>/, or says what there is where no name is given.
+
+    Raises:
+        ConfigError: there is no pinned list of that name.
+        EngineUnavailableError: it was installed and still lacks what its backends need.
+        StageError: the installation failed, with its last line.
+    """
+    name = config.engine.name
+    if name is None:
+        _list(config)
+        return
+    if name not in known():
+        raise ConfigError(f"engine.name={name} is not one of {', '.join(known())}", did_you_mean(name, known()))
+    made = folder(config.paths.engines) / name
+    pins = pins_folder() / f"{name}.txt"
+    try:
+        made.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(made.parent / f".{name}.lock"):
+            built = not _up_to_date(made, pins)
+            if built:
+                run.status("installing")
+                _make(made, pins, run)
+    except OSError as error:
+        raise RequestError(
+            f"paths.engines={made.parent} cannot be written ({error.strerror})", "Set paths.engines=FOLDER."
+        ) from None
+    note(f"{name}: {'made' if built else 'found, nothing to do'} -> {made / 'bin' / 'python'}")
+    run.write("result.json", {"engine": name, "python": str(made / "bin" / "python"), "built": built})
+
+
+def _up_to_date(made: Path, pins: Path) -> bool:
+    import json
+
+    try:
+        manifest = json.loads((made / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(manifest.get("pins") == digest(pins))
+
+
+def _make(made: Path, pins: Path, run: RunFolder) -> None:
+    """A virtual environment is not relocatable, so it is made in its place; the manifest at the end makes it valid."""
+    started = time.monotonic()
+    shutil.rmtree(made, ignore_errors=True)
+    uv = shutil.which("uv")
+    python = made / "bin" / "python"
+    note(f"making an interpreter in {made} from {pins.name} (minutes; its log is {run.path / 'install.log'})")
+    if uv is None:
+        _run([sys.executable, "-m", "venv", str(made)], run)
+        _run([str(python), "-m", "pip", "install", "-r", str(pins)], run)
+    else:
+        _run([uv, "venv", "--python", sys.executable, str(made)], run)
+        _run([uv, "pip", "install", "--python", str(python), "-r", str(pins)], run)
+    _check(pins.stem, python)
+    seconds = round(time.monotonic() - started, 1)
+    write_json(made / MANIFEST, {"name": pins.stem, "pins": digest(pins), "seconds": seconds})
+
+
+def _run(command: list[str], run: RunFolder) -> None:
+    log_path = run.path / "install.log"
+    with log_path.open("ab") as out:
+        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        lines = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        errors = [line for line in lines if "error" in line.lower()] or lines or ["it said nothing"]
+        raise StageError(f"the installation failed: {errors[-1].strip()[:300]}", f"Its log: {log_path}")
+
+
+def _check(name: str, python: Path) -> None:
+    packages = sorted({package for backend in backends_of(name) for package in backend.packages if package})
+    wanted = [p for p in packages if p in pins_of(name)]
+    done = subprocess.run([python, "-c", f"import {', '.join(wanted)}"], capture_output=True, text=True)
+    if done.returncode:
+        words = done.stderr.strip().splitlines()[-1]
+        raise EngineUnavailableError(f"{name} was installed and cannot be imported: {words}")
+
+
+def pins_of(name: str) -> set[str]:
+    """The package names in a pinned list."""
+    lines = (pins_folder() / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return {line.partition("==")[0].strip() for line in lines if line.strip() and not line.startswith("#")}
+
+
+def _list(config: Config) -> None:
+    from rich.table import Table
+
+    table = Table(title="Interpreters for engines", title_justify="left", header_style="bold")
+    for column in ("engine.name", "serves", "state", "python"):
+        table.add_column(column, overflow="fold")
+    for name in known():
+        made = folder(config.paths.engines) / name
+        state = "made" if _up_to_date(made, pins_folder() / f"{name}.txt") else "not made"
+        backends = backends_of(name)
+        here = [b.name for b in backends if interpreter(b, config, "cpu") == sys.executable]
+        if here and state == "not made":
+            state = "not needed: this Python has it"
+        table.add_row(name, ", ".join(b.name for b in backends), state, str(made / "bin" / "python"))
+    console(sys.stdout).print(table)

@@ -1,0 +1,196 @@
+"""task=run: the prompts of a file, a text or standard input, answered."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+from orchestrator import embedded
+from orchestrator.backends.protocol import Delta, Failed, Finished, Request
+from orchestrator.config import Config
+from orchestrator.errors import EngineError, RequestError
+from orchestrator.prompts import Prompt, read_prompts
+from orchestrator.report.console import console, note
+from orchestrator.report.tables import result_table
+from orchestrator.runfolder import RunFolder
+from orchestrator.tasks.answers import AnswersFile
+from orchestrator.tasks.session import Session, look, open_session
+from orchestrator.tokenizer import Tokenizer
+
+
+def run(config: Config, folder: RunFolder) -> None:
+    """Plans, prepares, loads, answers, reports.
+
+    Raises:
+        OrchestratorError: see orchestrator.errors; every answer that was finished is in answers.jsonl.
+    """
+    started = time.monotonic()
+    prompts = _prompts(config, folder)
+    answers = AnswersFile(folder.path / "answers.jsonl")
+    open_prompts = [prompt for prompt in prompts if prompt.index not in answers.answered]
+    if len(open_prompts) < len(prompts):
+        note(f"{len(prompts) - len(open_prompts)} of {len(prompts)} prompts are answered already")
+    if not open_prompts:
+        return
+    planned = look(config, planning=False)
+    with open_session(planned, folder) as session:
+        requests = _requests(session, open_prompts)
+        folder.status("answering", prompts=len(prompts))
+        finished = _answer(session, requests, open_prompts, answers)
+        measured = _measured(session, finished, started)
+    answers.finish()
+    folder.write("result.json", session.result() | {"measured": measured})
+    console().print(result_table(session.chosen, measured))
+    note(f"answers, plan.json, result.json, status.json, run.log: {folder.path}")
+
+
+def _prompts(config: Config, folder: RunFolder) -> list[Prompt]:
+    """The prompts, kept beside the answers: a resumed run has the same ones, whatever became of their file."""
+    kept = folder.path / "prompts.jsonl"
+    if config.run.resume is not None and kept.exists():
+        lines = kept.read_text(encoding="utf-8").splitlines()
+        values = [json.loads(line) for line in lines]
+        return [Prompt(i, v["messages"], {k: x for k, x in v.items() if k != "messages"}) for i, v in enumerate(values)]
+    default = embedded.PROMPTS if config.model.path is None else None
+    prompts = read_prompts(config, default)
+    text = "".join(json.dumps(prompt.to_json(), ensure_ascii=False) + "\n" for prompt in prompts)
+    part = kept.with_name(f".{kept.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(kept)
+    return prompts
+
+
+def _requests(session: Session, prompts: list[Prompt]) -> list[Request]:
+    """The prompts as tokens, with as many new tokens as the context has room for.
+
+    Raises:
+        RequestError: a prompt that the context cannot hold.
+    """
+    return [make_request(session.planned.config, session.tokenizer, p, session.chosen.max_context) for p in prompts]
+
+
+def make_request(config: Config, tokenizer: Tokenizer, prompt: Prompt, max_context: int) -> Request:
+    """One prompt's request.
+
+    Raises:
+        RequestError: the prompt leaves no room for a single token.
+    """
+    tokens = tokenizer.encode(prompt.messages)
+    if len(tokens) >= max_context:
+        raise RequestError(
+            f"prompt {prompt.index + 1} ({prompt.text[:40]!r}...) has {len(tokens)} tokens, "
+            f"and the context is {max_context}",
+            "Shorten it, or raise model.max_context as far as the model and the memory go.",
+        )
+    generation = config.generation
+    return Request(
+        id=str(prompt.index),
+        tokens=tokens,
+        max_tokens=min(generation.max_tokens, max_context - len(tokens)),
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        seed=generation.seed + prompt.index,
+        stop=list(generation.stop),
+    )
+
+
+def _answer(session: Session, requests: list[Request], prompts: list[Prompt], answers: AnswersFile) -> list[Finished]:
+    """Submits everything, shows and keeps what comes.
+
+    Raises:
+        EngineError: the engine died, or a request failed; the finished answers are kept.
+    """
+    by_id = {str(prompt.index): prompt for prompt in prompts}
+    texts: dict[str, list[str]] = {request.id: [] for request in requests}
+    shown = InOrder(prompts)
+    finished: list[Finished] = []
+    failed: list[Failed] = []
+    for request in requests:
+        session.engine.submit(request)
+    while len(finished) + len(failed) < len(requests):
+        for event in session.engine.events(timeout=None):
+            match event:
+                case Delta(id=name, text=text):
+                    texts[name].append(text)
+                    shown.text(name, text)
+                case Finished(id=name):
+                    finished.append(event)
+                    answers.add(by_id[name], _line("".join(texts[name]), event))
+                    shown.end(name)
+                case Failed(id=name, message=message):
+                    failed.append(event)
+                    shown.text(name, f"[failed: {message}]")
+                    shown.end(name)
+    if failed:
+        first = by_id[failed[0].id]
+        raise EngineError(
+            f"{len(failed)} of {len(requests)} prompts failed, the first is {first.text[:40]!r}: {failed[0].message}",
+            f"The others are in {answers.path}; run.resume={answers.path.parent} tries these again.",
+        )
+    return finished
+
+
+def _line(text: str, end: Finished) -> dict[str, Any]:
+    return {
+        "answer": text,
+        "finish_reason": end.reason,
+        "prompt_tokens": end.prompt_tokens,
+        "completion_tokens": end.completion_tokens,
+        "ttft_s": round(end.ttft_s, 4),
+        "seconds": round(end.queue_s + end.prefill_s + end.decode_s, 4),
+    }
+
+
+def _measured(session: Session, finished: list[Finished], started: float) -> dict[str, Any]:
+    stats = session.engine.stats()
+    return {
+        "load_s": session.ready.load_s,
+        "gpu_peak_bytes": stats.gpu_peak_bytes,
+        "host_peak_bytes": stats.host_peak_bytes,
+        "prefill_tokens_per_s": stats.prefill_tokens / stats.prefill_s if stats.prefill_s else None,
+        "decode_tokens_per_s": stats.decode_tokens / stats.decode_s if stats.decode_s else None,
+        # From the start of its prefill: with more prompts than fit in flight, the rest is the queue's time.
+        "ttft_s": statistics.median(end.prefill_s for end in finished),
+        "placement": session.ready.placement,
+        "total_s": time.monotonic() - started,
+    }
+
+
+class InOrder:
+    """Answers on stdout in the order of the prompts: the first that is not finished streams, the others wait."""
+
+    def __init__(self, prompts: list[Prompt]) -> None:
+        self._prompts = {str(prompt.index): prompt for prompt in prompts}
+        self._waiting: dict[str, list[str]] = {}
+        self._ended: set[str] = set()
+        self._order = [str(prompt.index) for prompt in prompts]
+        self._at = 0
+        self._title()
+
+    def text(self, name: str, text: str) -> None:
+        """More of one answer."""
+        if name == self._order[self._at]:
+            self._write(text)
+        else:
+            self._waiting.setdefault(name, []).append(text)
+
+    def end(self, name: str) -> None:
+        """One answer is complete."""
+        self._ended.add(name)
+        while self._at < len(self._order) and self._order[self._at] in self._ended:
+            self._write("\n\n")
+            self._at += 1
+            self._title()
+
+    def _title(self) -> None:
+        if self._at < len(self._order):
+            name = self._order[self._at]
+            self._write(f"> {self._prompts[name].text}\n")
+            self._write("".join(self._waiting.pop(name, [])))
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()

@@ -1,0 +1,177 @@
+"""From a configuration to a live engine: the way that every task that answers something goes."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from orchestrator import __version__, embedded
+from orchestrator.backends.protocol import LoadPlan
+from orchestrator.backends.table import BACKENDS
+from orchestrator.checkpoint.adapter import open_adapter, targets
+from orchestrator.checkpoint.folder import open_checkpoint
+from orchestrator.checkpoint.spec import ModelSpec, model_spec
+from orchestrator.config import Config, folder
+from orchestrator.engine.handle import EngineProcess
+from orchestrator.engine.wire import Ready
+from orchestrator.errors import RequestError
+from orchestrator.hardware import Hardware, detect
+from orchestrator.pipeline import Model, Source, prepare, versions
+from orchestrator.plan.planner import make_plan, must_fit, runnable, why
+from orchestrator.plan.types import Candidate, Plan
+from orchestrator.report.console import console, note
+from orchestrator.report.tables import hardware_line, model_line, plan_table
+from orchestrator.runfolder import RunFolder
+from orchestrator.tokenizer import Tokenizer, check_tokenizer
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A request that has been looked at: nothing is loaded, nothing is written."""
+
+    config: Config
+    source: Source
+    spec: ModelSpec
+    hardware: Hardware
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Session:
+    """A live engine, and what it was made from."""
+
+    planned: Planned
+    chosen: Candidate
+    model: Model
+    engine: EngineProcess
+    ready: Ready
+    tokenizer: Tokenizer
+
+    def result(self) -> dict[str, Any]:
+        """What result.json says of every session: the plan, the artifacts, the placement, the versions."""
+        return {
+            "plan": self.planned.plan.to_json() | self.chosen.to_json(),
+            "model": str(self.planned.source.base.path),
+            "artifacts": [{"name": a.name, "built": a.name in self.model.built} for a in self.model.artifacts],
+            "stages_run": list(self.model.built),
+            "versions": {
+                "orchestrator": __version__,
+                "python": platform.python_version(),
+                **versions("hydra-core", "transformers", "safetensors"),
+                "engine": self.ready.versions,
+            },
+        }
+
+
+def look(config: Config, *, planning: bool) -> Planned:
+    """Reads the headers and the machine, and plans. Neither torch nor a GPU is needed.
+
+    Raises:
+        RequestError, EngineUnavailableError: as the checkpoint, the configuration and the machine say.
+    """
+    config, source = find_source(config)
+    spec = model_spec(source.base)
+    if not planning:
+        check_tokenizer(source.base.path)
+    hardware = detect(config.hardware, planning=planning)
+    return Planned(config, source, spec, hardware, make_plan(config, spec, hardware))
+
+
+def find_source(config: Config) -> tuple[Config, Source]:
+    """The model and its adapters. Without model.path: the embedded ones, with the embedded defaults.
+
+    Raises:
+        CheckpointError: a folder that does not hold what it should, or an adapter of another model.
+        RequestError: an adapter without a model.
+    """
+    model = config.model
+    is_embedded = model.path is None
+    if is_embedded and model.adapters:
+        raise RequestError("model.adapter is set and model.path is not", "Set model.path to the adapter's base.")
+    base = open_checkpoint(embedded.BASE if model.path is None else folder(model.path))
+    if is_embedded:
+        found = [(open_adapter(embedded.ADAPTER), 1.0)]
+        config = embedded_defaults(config)
+    else:
+        found = [(open_adapter(folder(a.path)), a.weight) for a in model.adapters]
+    for adapter, _ in found:
+        targets(adapter, base)  # an adapter of another model is refused before anything long
+    name = "the embedded model" if is_embedded else str(base.path)
+    return config, Source(base, tuple(found), name, is_embedded)
+
+
+def embedded_defaults(config: Config) -> Config:
+    """4 bits, where neither an engine nor a method nor a width was asked for: this is what the project is for."""
+    quant, backend = config.quant, config.backend
+    if (quant.bits, quant.method, backend.name, config.model.dtype) == (None, "auto", "auto", "auto"):
+        return replace(config, quant=replace(quant, bits=embedded.BITS))
+    return config
+
+
+def show_plan(planned: Planned, chosen: Candidate) -> None:
+    """The plan for the person: the model, the machine, the table, the reason."""
+    out = console()
+    for line in planned.plan.notes:
+        out.print(f"note: {line}", markup=False)
+    out.print(model_line(planned.source.name, planned.spec, len(planned.source.adapters)), markup=False)
+    out.print(hardware_line(planned.hardware), markup=False)
+    out.print(plan_table(chosen))
+    out.print(f"chosen: {chosen.label}: {why(chosen, planned.plan, planned.config)}", markup=False)
+
+
+def load_plan(planned: Planned, chosen: Candidate, model: Path) -> LoadPlan:
+    """The part of the plan that the engine gets."""
+    return LoadPlan(
+        model=str(model),
+        backend=chosen.backend,
+        method=chosen.method,
+        bits=chosen.bits,
+        dtype=chosen.dtype,
+        max_context=chosen.max_context,
+        max_in_flight=chosen.max_in_flight,
+        device_map=chosen.device_map,
+        weights=chosen.weights,
+        double_quant=chosen.double_quant,
+        tensor_parallel=chosen.tensor_parallel,
+        pipeline_parallel=chosen.pipeline_parallel,
+        gpu_split=chosen.gpu_split,
+        trust_remote_code=planned.config.model.trust_remote_code,
+        engine_args=dict(planned.config.backend.engine_args),
+    )
+
+
+@contextmanager
+def open_session(planned: Planned, run: RunFolder) -> Iterator[Session]:
+    """Plans, prepares the model and starts the engine; ends it, with all its processes, on the way out.
+
+    Raises:
+        OrchestratorError: of every kind; see the exit codes.
+    """
+    config = planned.config
+    run.write("plan.json", planned.plan.to_json())
+    must_fit(planned.plan, config, planned.spec, planned.hardware)
+    chosen, python = runnable(planned.plan, config, planned.hardware)
+    run.write("plan.json", planned.plan.to_json() | chosen.to_json())
+    show_plan(planned, chosen)
+    model = prepare(config, planned.source, run.status)
+    run.status("loading")
+    note(f"loading in a process of its own ({chosen.label}) ...")
+    plan = load_plan(planned, chosen, model.path)
+    env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    env = {name: os.environ.get(name, value) for name, value in env.items()}
+    adapter = BACKENDS[chosen.backend].adapter
+    with EngineProcess.start(python, adapter, plan, run.path / "engine.log", env=env) as engine:
+        # The tokenizer is read while the engine loads.
+        tokenizer = Tokenizer(model.path, config.model.chat_template, config.model.trust_remote_code)
+        if not tokenizer.has_template:
+            note(
+                "note: the model has no chat template: prompts go in as plain text (model.chat_template=FILE sets one)"
+            )
+        ready = engine.wait_ready()
+        note(f"loaded in {ready.load_s:.1f} s; placement as planned, smoke pass finite, warmed up")
+        yield Session(planned, chosen, model, engine, ready, tokenizer)

@@ -1,0 +1,89 @@
+"""Messages to tokens, once, in the parent: every engine gets the same tokens for the same prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import folder
+from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.prompts import Message
+
+# One of these makes a folder one with a tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer.tiktoken",
+)
+
+
+def check_tokenizer(path: Path) -> None:
+    """Refuses a folder without a tokenizer, before anything long.
+
+    Raises:
+        CheckpointError: none of the files that hold one is there.
+    """
+    files = {p.name for p in path.iterdir()}
+    if not files & set(TOKENIZER_FILES) and not any(name.endswith(".tiktoken") for name in files):
+        raise CheckpointError(
+            f"{path} has no tokenizer ({', '.join(TOKENIZER_FILES[:2])}, ...)",
+            "Copy the tokenizer's files from the model that it was trained from.",
+        )
+
+
+class Tokenizer:
+    """transformers' tokenizer of a model folder, and its chat template.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be loaded.
+        ConfigError: model.chat_template cannot be read.
+    """
+
+    def __init__(self, path: Path, chat_template: str | None, trust_remote_code: bool) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            message = str(error).strip().splitlines() or [type(error).__name__]
+            raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {message[0]}") from error
+        if chat_template is not None:
+            self._tokenizer.chat_template = _template(chat_template)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether messages go through a chat template; otherwise they are plain text, one after the other."""
+        return self._tokenizer.chat_template is not None
+
+    def encode_text(self, text: str) -> list[int]:
+        """The tokens of a text as it stands, nothing added."""
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode(self, messages: list[Message], *, answer: bool = True) -> list[int]:
+        """The tokens of a conversation, ready for the model to answer (or, without `answer`, complete).
+
+        Raises:
+            ConfigError: the chat template refuses these messages (a role that it lacks, say).
+        """
+        if not self.has_template:
+            return list(self._tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
+        from jinja2 import TemplateError
+
+        try:
+            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
+        except (TemplateError, TypeError) as error:
+            raise ConfigError(f"the chat template refuses these messages: {error}") from None
+        return self.encode_text(text)
+
+
+def _template(value: str) -> str:
+    path = folder(value)
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"model.chat_template={value}: {error.strerror}", "Give a Jinja file.") from None
