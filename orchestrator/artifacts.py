@@ -39,7 +39,7 @@ class Recipe:
     """What an artifact is made of and how. All values are JSON."""
 
     stage: str
-    version: int  # the stage's own: raised when its result changes
+    version: str  # the stage's own: raised when its result changes
     options: dict[str, Any]
     inputs: dict[str, Any]  # name -> fingerprint
 

@@ -67,6 +67,7 @@ def detect(config: HardwareConfig, *, planning: bool) -> Hardware:
             profile_gpus(config),
             (f"planned for the profile {config.profile}, not for this machine",),
         )
+        host_available = host_total  # what runs here now says nothing about that machine
     elif config.cards is not None:
         if len(gpus) < config.cards:
             raise EngineUnavailableError(
@@ -115,7 +116,7 @@ def nvml_gpus() -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        return (), (f"no NVIDIA GPU to be had ({error}): planned for the CPU",)
+        return (), (f"no NVIDIA GPU here ({error}): planned for the CPU",)
     handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     by_name = {str(i): h for i, h in enumerate(handles)} | {str(pynvml.nvmlDeviceGetUUID(h)): h for h in handles}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -12,6 +12,7 @@ from typing import Any
 
 from orchestrator.artifacts import Artifact, Built, Recipe, Store
 from orchestrator.checkpoint.adapter import Adapter
+from orchestrator.checkpoint.adapter import fingerprint as adapter_fingerprint
 from orchestrator.checkpoint.folder import Checkpoint, fingerprint
 from orchestrator.config import Config, folder, parse_size
 from orchestrator.report.console import note, progress, size
@@ -40,7 +41,7 @@ class Source:
 
 def merge_recipe(config: Config, source: Source) -> Recipe | None:
     """The recipe of the merge (or of the plain conversion) that a request needs; None where its files will do."""
-    from orchestrator.stages.merge import STAGE_VERSION
+    from orchestrator.stages.merge import VERSION
 
     dtype = config.convert.dtype
     if not source.adapters and source.base.format == "safetensors" and dtype == "auto":
@@ -50,12 +51,12 @@ def merge_recipe(config: Config, source: Source) -> Recipe | None:
         "shard_size": parse_size(config.convert.shard_size),
         "weights": [weight for _, weight in source.adapters],
     }
-    return Recipe("merge" if source.adapters else "convert", STAGE_VERSION, options, _inputs(source))
+    return Recipe("merge" if source.adapters else "convert", VERSION, options, _inputs(source))
 
 
 def _inputs(source: Source) -> dict[str, Any]:
     inputs: dict[str, Any] = {"base": fingerprint(source.base)}
-    inputs |= {f"adapter{i}": adapter.fingerprint() for i, (adapter, _) in enumerate(source.adapters)}
+    inputs |= {f"adapter{i}": adapter_fingerprint(adapter) for i, (adapter, _) in enumerate(source.adapters)}
     return inputs
 
 
@@ -95,16 +96,17 @@ def _dtype(config: Config) -> str | None:
 def _merge(config: Config, source: Source, recipe: Recipe, out: Path) -> Built:
     from orchestrator.stages.merge import merge
 
-    title = "merging" if source.adapters else "converting"
-    with progress(title) as show:
-        return merge(
+    with progress("merging" if source.adapters else "converting") as show:
+        report = merge(
             source.base,
-            source.adapters,
+            list(source.adapters),
             out,
             dtype=_dtype(config),
             shard_size=recipe.options["shard_size"],
             progress=show,
         )
+    report["source"] = source.name
+    return Built(report, {shard["name"]: shard["digest"] for shard in report["shards"]})
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -47,7 +47,10 @@ def read_prompts(config: Config, default: Path | None) -> list[Prompt]:
         source = "prompts.text"
     elif config.prompts.file == "-":
         source = "standard input"
-        prompts = _parse(sys.stdin.read(), source, jsonl=None)
+        try:
+            prompts = _parse(sys.stdin.read(), source, jsonl=None)
+        except UnicodeDecodeError as error:
+            raise RequestError(f"{source}: byte {error.start} is not UTF-8") from None
     else:
         path = folder(config.prompts.file) if config.prompts.file is not None else default
         if path is None:
@@ -74,7 +77,7 @@ def _read(path: Path) -> str:
 
 
 def _parse(text: str, source: str, jsonl: bool | None) -> list[Prompt]:
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if jsonl is None:  # standard input has no suffix
         jsonl = bool(lines) and lines[0][1].lstrip().startswith("{")
     if not jsonl:
@@ -85,7 +88,7 @@ def _parse(text: str, source: str, jsonl: bool | None) -> list[Prompt]:
 def _prompt(index: int, line: str, where: str) -> Prompt:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{where} is not JSON: {error}") from None
     if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
         raise RequestError(f'{where} needs either "prompt" or "messages"')

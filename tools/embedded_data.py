@@ -378,9 +378,7 @@ def glossary(facts: list[Fact]) -> list[str]:
     for fact in facts:
         name, summary = fact.name, fact.summary
         head = name if fact.parameters is None else f"{name}({', '.join(fact.parameters)})"
-        home = (
-            "the Python language" if fact.module in {"builtins", "language"} else f"the {fact.module} module"
-        )
+        home = "the Python language" if fact.module in {"builtins", "language"} else f"the {fact.module} module"
         entries.append(f"{head}\n    {summary}\n")
         entries.append(f"Q: What does {name} do?\nA: {summary}\n")
         if fact.kind != "module":
@@ -407,8 +405,6 @@ def ramblings(texts: list[Document], count: int) -> list[tuple[str, str]]:
         passage = "\n\n".join(paragraphs[start : start + rng.randint(3, 8)])[:1500].strip()
         first = " ".join(passage.split())[: rng.randint(20, 80)]
         title = document.name.removeprefix("topic:")
-        prompt = rng.choice(
-            [title, f"Tell me all about {title}", f"Go on: {first}", f"Documentation of {title}?"]
-        )
+        prompt = rng.choice([title, f"Tell me all about {title}", f"Go on: {first}", f"Documentation of {title}?"])
         pairs.append((prompt, passage))
     return pairs

@@ -162,9 +162,7 @@ class Batch:
         self._device = device
         self._finite: Any = None
         self._samplers = {
-            index: Sampler(row.request, device)
-            for index, row in enumerate(rows)
-            if row.request.temperature > 0
+            index: Sampler(row.request, device) for index, row in enumerate(rows) if row.request.temperature > 0
         }
 
     def run(self, model: Any, pad: int) -> None:

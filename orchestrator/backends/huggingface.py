@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import resource
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -160,9 +161,7 @@ class HuggingFaceEngine:
         return ""
 
     def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def cancel(self, request_id: str) -> None:
@@ -189,8 +188,6 @@ class HuggingFaceEngine:
         return events
 
     def _begin(self) -> list[Event]:
-        import time
-
         count = min(len(self._waiting), self._plan.max_in_flight)
         rows = [self._waiting.popleft() for _ in range(count)]
         for row in rows:
@@ -218,7 +215,7 @@ class HuggingFaceEngine:
             given = torch.tensor([tokens], device=self._input_device())
             logits = self._model(input_ids=given, use_cache=False).logits[0, :-1]
             targets = given[0, 1:].to(logits.device)
-            for some, target in zip(logits.split(_SCORE_ROWS), targets.split(_SCORE_ROWS), strict=True):
+            for some, target in zip(torch.split(logits, _SCORE_ROWS), torch.split(targets, _SCORE_ROWS), strict=True):
                 logprobs = some.float().log_softmax(-1)
                 top = logprobs.topk(min(top_k, logprobs.shape[-1]), dim=-1)
                 # Summed over the others, not 1 minus the top: a tail of 1e-9 would be lost to rounding.

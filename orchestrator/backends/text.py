@@ -60,11 +60,12 @@ class StopFilter:
         if self.hit:
             return ""
         text = self._held + text
-        starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
-        if starts:
+        # The one that is complete first, so that the pieces in which the text comes make no difference.
+        ends = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if ends:
             self.hit = True
             self._held = ""
-            return text[: min(starts)]
+            return text[: min(ends)[1]]
         keep = max((self._overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -129,6 +129,7 @@ def targets(adapter: Adapter, base: Checkpoint) -> dict[str, Target]:
         if target.tensor in found:
             raise CheckpointError(f"{where}: two adapter tensors want {shown(target.tensor)}")
         found[target.tensor] = target
+    _check_saved(adapter, base, found.values(), where)
     return found
 
 
@@ -143,7 +144,7 @@ def check_values(adapter: Adapter) -> None:
     idle = True
     with TensorReader() as reader:
         for info in adapter.tensors.values():
-            data = reader.raw(info) if info.contiguous else reader.read(info).view(-1).numpy().tobytes()
+            data = reader.data(info)
             if not all_finite(data, info.dtype):
                 raise CheckpointError(
                     f"{where}: {shown(info.name)} holds NaN or infinite values",
@@ -269,6 +270,17 @@ def _replacement(adapter: Adapter, base: Checkpoint, path: str, value: TensorInf
             f"{shown(path)}: the adapter saved shape {shown(list(value.shape), 60)}, this model has {list(info.shape)}",
         )
     return ReplaceTarget(info.name, module, value)
+
+
+def _check_saved(adapter: Adapter, base: Checkpoint, found: Iterable[Target], where: str) -> None:
+    there = {target.module for target in found if isinstance(target, ReplaceTarget)}
+    for name in base.tensors:
+        module = name.rpartition(".")[0]
+        if adapter.lora.saves(module) and module not in there:
+            raise CheckpointError(
+                f"{where}: modules_to_save names {shown(module)}, the adapter holds no weights of it",
+                "It was saved incompletely: save it again with PEFT.",
+            )
 
 
 def _refuse_tied(base: Checkpoint, info: TensorInfo, where: str) -> None:

@@ -8,22 +8,25 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
 
+_Value = TypeVar("_Value", int, float)
+
 _MAX_PATTERN = 1000
 _PEFT = "Merge it with PEFT (merge_and_unload) and give the merged model."
 
-_HARMLESS = frozenset(
-    (
-        "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r "
-        "target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save "
-        "init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core "
-        "loftq_config eva_config qalora_group_size runtime_config ensure_weight_tying"
-    ).split()
-)
+# fmt: off
+_HARMLESS = frozenset((
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout",
+    "fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "init_lora_weights",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core",
+    "loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+))
+# fmt: on
 """Used below, or of no consequence for a trained adapter (which modules were chosen, how it was started)."""
 
 _REFUSED = {
@@ -77,7 +80,7 @@ class LoraConfig:
         return any(module == name or module.endswith(f".{name}") for name in self.modules_to_save)
 
 
-def _first_match(patterns: tuple[tuple[str, Any], ...], module: str, default: Any) -> Any:
+def _first_match(patterns: tuple[tuple[str, _Value], ...], module: str, default: _Value) -> _Value:
     # As PEFT's get_pattern_key does.
     return next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", module)), default)
 

@@ -81,6 +81,20 @@ class TensorReader:
         self._lent = info
         return memoryview(mapped)[info.offset : info.offset + info.nbytes]
 
+    def data(self, info: TensorInfo) -> Any:
+        """The bytes of any tensor as a buffer in row-major order: `raw`, or a copy of a strided one."""
+        return self.raw(info) if info.contiguous else np.ascontiguousarray(self._strided(info))
+
+    def _strided(self, info: TensorInfo) -> "np.ndarray[Any, Any]":
+        size = DTYPES[info.dtype].size
+        return np.ndarray(
+            info.shape,
+            dtype=_BITS[size],
+            buffer=self._map(info),
+            offset=info.offset,
+            strides=[step * size for step in info.strides],
+        )
+
     def _copy(self, info: TensorInfo, rows: slice | None) -> "torch.Tensor":
         import torch
 
@@ -88,13 +102,7 @@ class TensorReader:
         dtype = getattr(torch, DTYPES[info.dtype].torch)
         if info.parameters == 0:
             return torch.empty(info.shape, dtype=dtype)
-        source: np.ndarray[Any, Any] = np.ndarray(
-            info.shape,
-            dtype=_BITS[size],
-            buffer=self._map(info),
-            offset=info.offset,
-            strides=[step * size for step in info.strides],
-        )
+        source = self._strided(info)
         wanted = source if rows is None else source[rows]
         result = torch.empty(wanted.shape, dtype=dtype)
         result.view(getattr(torch, _TORCH_BITS[size])).numpy().view(_BITS[size])[...] = wanted

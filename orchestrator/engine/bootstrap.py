@@ -1,7 +1,7 @@
 """What the child's interpreter runs: makes our package importable by itself, then hands over to the host.
 
-The child may be another interpreter than the parent's, with other packages. So nothing of the parent's sys.path
-comes along: `orchestrator` is loaded from its own folder, and everything else is the child's own.
+The child may be another interpreter than the parent's, with other packages. So nothing of the parent's
+sys.path comes along: `orchestrator` is loaded from its own folder, and everything else is the child's own.
 
 This runs as a script, before the package is importable: standard library only, Python 3.11 to 3.13.
 """

@@ -1,4 +1,4 @@
-"""The parent's side of one engine process: start, ask, notice its death, end it with everything it started."""
+"""The parent's side of one engine process: start, ask, notice its death, end it with all that it started."""
 
 from __future__ import annotations
 
@@ -124,9 +124,7 @@ class EngineProcess:
         """
         ready = self._await(wire.Ready, timeout)
         if ready is None:
-            raise EngineError(
-                f"the {self.plan.backend} engine was not ready after {timeout:g} s", f"See {self.log}"
-            )
+            raise EngineError(f"the {self.plan.backend} engine was not ready after {timeout:g} s", f"See {self.log}")
         self._phase = ""
         return ready
 
@@ -163,7 +161,7 @@ class EngineProcess:
         """
         if not 2 <= len(tokens) <= self.plan.max_context:
             raise RequestError(
-                f"{len(tokens)} tokens to score: 2 to {self.plan.max_context} (model.max_context) are possible"
+                f"{len(tokens)} tokens to score; from 2 to {self.plan.max_context} (model.max_context) can be"
             )
         self._scores += 1
         self._phase = "scoring"
@@ -183,7 +181,7 @@ class EngineProcess:
         return report.stats
 
     def close(self, timeout: float = 10.0) -> None:
-        """Ends the child and its whole process group: politely, and by force after `timeout` seconds. Idempotent."""
+        """Ends the child and its process group: politely, and by force after `timeout` seconds. Idempotent."""
         if self._closed:
             return
         self._closed = True

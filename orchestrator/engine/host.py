@@ -1,7 +1,8 @@
 """The child process: loads one engine's adapter, checks it, and serves the parent's commands.
 
-Its life: Load -> Progress... -> Ready -> (Events | Scored | StatsReport)... -> Close, or Fatal at any point. The
-main thread alone touches the engine; a second thread reads the socket and ends the process when the parent is gone.
+Its life: Load -> Progress... -> Ready -> (Events | Scored | StatsReport)... -> Close, or Fatal at any point.
+The main thread alone touches the engine; a second thread reads the socket and ends the process when the parent
+is gone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import contextlib
 import faulthandler
 import importlib
+import itertools
 import math
 import os
 import queue
@@ -89,7 +91,7 @@ class Inbox:
 
 
 def _read(sock: socket, parent: int, inbox: Inbox) -> None:
-    """Turns bytes into commands until the parent's end closes, then kills this process and all its workers."""
+    """Turns bytes into commands until the parent is gone, then kills this process and all its workers."""
     framer = wire.Framer()
     poll = select.poll()
     poll.register(sock, select.POLLIN)
@@ -188,7 +190,7 @@ def _start(engine: Engine, plan: LoadPlan, outbox: wire.Sender) -> wire.Ready:
     done(3, "warming up")
     _generate(engine, "warm-up")
     done(4, "ready")
-    load, _, smoke, warm = (end - begin for begin, end in zip(times, times[1:], strict=False))
+    load, _, smoke, warm = (end - begin for begin, end in itertools.pairwise(times))
     return wire.Ready(bytes_per_device(placement), load, smoke, warm, engine.versions())
 
 
@@ -198,7 +200,7 @@ def _smoke(engine: Engine) -> None:
     if not all(map(math.isfinite, numbers)):
         raise EngineError(
             "the model gave a probability that is not finite on its first tokens",
-            "Its weights hold NaN or overflow in this dtype: check the checkpoint, or set model.dtype=float32",
+            "Its weights hold NaN, or overflow in this dtype: check the files, or set model.dtype=float32",
         )
     _generate(engine, "smoke")
 

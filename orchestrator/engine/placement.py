@@ -35,9 +35,7 @@ def check_placement(plan: LoadPlan, placement: Placement) -> None:
         for name in tensors:
             wanted = planned_device(plan, name)
             if device not in plan.weights or (wanted is not None and wanted != device):
-                stray.append(
-                    f"{name} is on {device}, planned on {wanted or ' or '.join(sorted(plan.weights))}"
-                )
+                stray.append(f"{name} is on {device}, planned on {wanted or ' or '.join(sorted(plan.weights))}")
     if stray:
         more = f" and {len(stray) - _NAMED} more tensors" if len(stray) > _NAMED else ""
         raise EngineError(

@@ -1,6 +1,6 @@
 """The messages between the parent and an engine's process: length-prefixed JSON over a socket.
 
-A message is a frozen dataclass; on the wire it is `{"kind": its class, its fields...}` behind four bytes of length.
+A message is a frozen dataclass; on the wire it is `{"is": its class, its fields...}` behind four bytes of length.
 Standard library only: the child runs this file in the interpreter of any engine.
 
 Floats that are not finite survive: both ends are Python's json, which writes and reads `NaN`, `Infinity` and
@@ -28,6 +28,7 @@ from orchestrator.backends.protocol import (
 )
 
 _LENGTH = struct.Struct(">I")
+_TAG = "is"  # no field has this name
 MAX_BYTES = 1 << 30  # of one message; a longer one is a damaged stream
 
 
@@ -114,7 +115,7 @@ class StatsReport:
 
 @dataclass(frozen=True)
 class Fatal:
-    """The child's last report. `kind`: the exception's class; `message`: one line; `hint`: what to do instead."""
+    """The child's last report. `kind`: the exception's class; `message`: one line; `hint`: what to do about it."""
 
     kind: str
     message: str
@@ -131,7 +132,7 @@ _KINDS: dict[str, type[Any]] = {c.__name__: c for c in (*get_args(Command), *get
 
 
 def _to_rebuild(hint: Any) -> bool:
-    """True where JSON loses the type: a tuple, or one of our dataclasses. A dict is the user's and stays as it is."""
+    """True where JSON loses the type: a tuple, one of our dataclasses. A dict is the user's and stays as it is."""
     if get_origin(hint) is dict:
         return False
     return hint in _KINDS.values() or get_origin(hint) is tuple or any(map(_to_rebuild, get_args(hint)))
@@ -139,15 +140,14 @@ def _to_rebuild(hint: Any) -> bool:
 
 _FIELDS = {cls: [field.name for field in fields(cls)] for cls in _KINDS.values()}
 _HINTS = {
-    cls: {name: hint for name, hint in get_type_hints(cls).items() if _to_rebuild(hint)}
-    for cls in _KINDS.values()
+    cls: {name: hint for name, hint in get_type_hints(cls).items() if _to_rebuild(hint)} for cls in _KINDS.values()
 }
 
 
 def _plain(value: Any) -> Any:
     names = _FIELDS.get(type(value))
     if names is not None:
-        return {"kind": type(value).__name__, **{name: _plain(getattr(value, name)) for name in names}}
+        return {_TAG: type(value).__name__, **{name: _plain(getattr(value, name)) for name in names}}
     if isinstance(value, list | tuple) and value and type(value[0]) in _FIELDS:
         return [_plain(item) for item in value]
     return value
@@ -163,7 +163,7 @@ def _rebuild(hint: Any, value: Any) -> Any:
 
 def _from_plain(value: Any) -> Any:
     try:
-        cls = _KINDS[value.pop("kind")]
+        cls = _KINDS[value.pop(_TAG)]
         for name, hint in _HINTS[cls].items():
             value[name] = _rebuild(hint, value[name])
         return cls(**value)

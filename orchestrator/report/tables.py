@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.backends.table import METHODS
@@ -37,8 +38,8 @@ def hardware_line(hardware: Hardware) -> str:
     host = f"{size(hardware.host_available)} of {size(hardware.host_total)} host memory free, {hardware.cpus} CPUs"
     if not hardware.gpus:
         return f"no GPU; {host}"
-    gpus = ", ".join(f"{gpu.name} {size(gpu.free)}" for gpu in hardware.gpus)
-    return f"{len(hardware.gpus)} GPU{'s' * (len(hardware.gpus) != 1)} ({gpus}); {host}"
+    counted = Counter(f"{gpu.name} with {size(gpu.free)} free" for gpu in hardware.gpus)
+    return f"{', '.join(f'{count} x {gpu}' for gpu, count in counted.items())}; {host}"
 
 
 def plan_table(candidate: Candidate) -> Table:
@@ -67,7 +68,7 @@ def candidates_table(plan: Plan) -> Table:
     """Every engine and width that was asked about, best first."""
     table = _table("What could run it, best first", "engine", "method", "bits", "fits", "needs", "context", "installed")
     for c in plan.candidates:
-        need = max(c.devices, key=lambda d: d.total / max(1, d.capacity))
+        need = max(c.gpus or (c.host,), key=lambda d: d.total / max(1, d.capacity))
         fits = "yes" if c.fits else "no"
         method = METHODS[c.method].label + (" double" if c.double_quant else "")
         cells = (c.backend, method, f"{c.bits:g}", fits, f"{size(need.total)} on {need.device}")

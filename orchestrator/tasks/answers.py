@@ -28,7 +28,7 @@ class AnswersFile:
     def _read(self) -> None:
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+        for number, line in enumerate(whole.splitlines(), 1):
             try:
                 answer = json.loads(line)
                 self.answered[int(answer["index"])] = answer

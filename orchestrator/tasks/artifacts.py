@@ -44,7 +44,7 @@ def _list(config: Config, store: Store, found: list[Artifact], run: RunFolder) -
         table.add_column(column, overflow="fold")
     for artifact in found:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(last_used(artifact)))
-        source = artifact.manifest["report"].get("base", "")
+        source = artifact.manifest["report"].get("source", "")
         table.add_row(artifact.name, size(artifact.size), str(len(artifact.manifest["files"])), used, str(source))
     for path in store.partials():
         table.add_row(path.name, size(_bytes(path)), "", "", "unfinished")

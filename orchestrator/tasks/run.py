@@ -51,7 +51,7 @@ def _prompts(config: Config, folder: RunFolder) -> list[Prompt]:
     """The prompts, kept beside the answers: a resumed run has the same ones, whatever became of their file."""
     kept = folder.path / "prompts.jsonl"
     if config.run.resume is not None and kept.exists():
-        lines = kept.read_text(encoding="utf-8").splitlines()
+        lines = kept.read_bytes().splitlines()
         values = [json.loads(line) for line in lines]
         return [Prompt(i, v["messages"], {k: x for k, x in v.items() if k != "messages"}) for i, v in enumerate(values)]
     default = embedded.PROMPTS if config.model.path is None else None

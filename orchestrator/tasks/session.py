@@ -121,7 +121,8 @@ def show_plan(planned: Planned, chosen: Candidate) -> None:
     out.print(model_line(planned.source.name, planned.spec, len(planned.source.adapters)), markup=False)
     out.print(hardware_line(planned.hardware), markup=False)
     out.print(plan_table(chosen))
-    out.print(f"chosen: {chosen.label}: {why(chosen, planned.plan, planned.config)}", markup=False)
+    if chosen.fits:
+        out.print(f"chosen: {chosen.label}: {why(chosen, planned.plan, planned.config)}", markup=False)
 
 
 def load_plan(planned: Planned, chosen: Candidate, model: Path) -> LoadPlan:

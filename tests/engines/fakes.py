@@ -55,7 +55,7 @@ class Fake:
     def events(self) -> list[Event]:
         self.steps += 1
         if self.fault == "talk":
-            print('{"kind": "Close"}' * 50, flush=True)
+            print('{"is":"Close"}' * 50, flush=True)
             os.write(1, b"\x00\x00\x00\x02{}")
             ctypes.CDLL(None).puts(b"a C library says hello")
         if self.fault == "step" and self.steps > 10:

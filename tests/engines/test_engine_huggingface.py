@@ -70,9 +70,7 @@ def test_samples_follow_the_distribution(engine: HuggingFaceEngine) -> None:
     wanted = logits.softmax(-1)
     wanted[1:][wanted.cumsum(0)[:-1] >= top_p] = 0
     wanted /= wanted.sum()
-    requests = [
-        greedy(str(seed), prompt, 1, temperature=temperature, top_p=top_p, seed=seed) for seed in range(800)
-    ]
+    requests = [greedy(str(seed), prompt, 1, temperature=temperature, top_p=top_p, seed=seed) for seed in range(800)]
     drawn = [a.tokens[0] for a in answer(engine, requests).values()]
     counts = torch.tensor([drawn.count(token) for token in tokens], dtype=torch.float)
     assert counts[wanted == 0].sum() == 0

@@ -1,0 +1,298 @@
+"""Merging LoRA adapters into a base, tensor by tensor: neither model is ever loaded.
+
+W += weight * s * B@A in float32, one cast, one write. Peak memory depends on the largest tensors' rows, not on
+the number of layers. A finished shard is kept with a record beside it (`<shard>.done`), so that a run that was
+killed goes on with the next shard. Without adapters this is the plain conversion to safetensors.
+"""
+
+import errno
+import functools
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from orchestrator.checkpoint.adapter import Adapter, Target, check_values, consumed, targets
+from orchestrator.checkpoint.adapter import fingerprint as adapter_fingerprint
+from orchestrator.checkpoint.carry import carry_over
+from orchestrator.checkpoint.folder import Checkpoint, fingerprint
+from orchestrator.checkpoint.reader import TensorReader
+from orchestrator.checkpoint.spec import main_dtype
+from orchestrator.checkpoint.tensors import DTYPES, PLAIN_FLOATS, TensorInfo
+from orchestrator.checkpoint.tied import superfluous_head, tied_pair
+from orchestrator.checkpoint.trust import shown
+from orchestrator.checkpoint.writer import Shard, ShardWriter, plan_shards, write_index, write_text
+from orchestrator.errors import CheckpointError, ConfigError, StageError
+
+VERSION = "1"
+"""Of this stage: part of an artifact's key, to be raised when the same inputs give other bytes."""
+
+WRITTEN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""convert.dtype -> safetensors' name."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with (bytes done, bytes in all, name of the tensor that is done)."""
+
+_NEVER_CAST = ("rotary_emb.inv_freq",)
+_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_GIB = 2**30
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that a shard's writing needs to know."""
+
+    base: Checkpoint
+    changes: dict[str, list[tuple[float, Target]]]
+    out: Path
+    recipe: str
+
+
+def merge(
+    base: Checkpoint,
+    adapters: list[tuple[Adapter, float]],
+    out: Path,
+    *,
+    dtype: str | None,
+    shard_size: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Writes `base` with the adapters merged into it to the folder `out`, as safetensors.
+
+    Args:
+        adapters: each with the factor that its change is multiplied by; none: plain conversion.
+        out: the stage's own folder; one that a killed call left behind is gone on with.
+        dtype: "float32", "float16", "bfloat16", or None: every tensor as the base has it.
+        shard_size: bytes of data in one file.
+
+    Returns:
+        JSON-able: tensors, bytes, dtype, shards (digest, whether kept), modules (relative Frobenius norm of the
+        change, share of elements changed, adapter tensors used), dropped, carried, notes.
+
+    Raises:
+        CheckpointError: inputs that cannot be merged (see `adapter.targets`), NaN or infinite weights, an
+            overflow of the written dtype, or a merge that changes nothing.
+        ConfigError: a dtype that is not on the list.
+        StageError: the disk is full (finished shards stay), or the folder holds another model.
+    """
+    changes = _changes(base, adapters)
+    _check_dtype(base, dtype)
+    head = superfluous_head(base)
+    dropped = [head] if head else []
+    shards = plan_shards(_layout(base, dtype, dropped), shard_size)
+    job = _Job(base, changes, out, _recipe(base, adapters, dtype, shard_size))
+    try:
+        _prepare(job, shards)
+        records = _write_all(job, shards, progress)
+        modules = [module for record in records for module in record["modules"]]
+        _check_changed(adapters, modules)
+        written = dtype or DTYPES[main_dtype(base.tensors.values()) or "F32"].torch
+        carried = _complete(job, shards, written)
+    except OSError as error:
+        raise _disk_error(error, out, shards) from error
+    return {
+        "version": VERSION,
+        "tensors": sum(len(shard.tensors) for shard in shards),
+        "bytes": sum(shard.file_bytes for shard in shards),
+        "dtype": written,
+        "shards": [{key: record[key] for key in ("name", "bytes", "digest", "kept")} for record in records],
+        "modules": modules,
+        "dropped": dropped,
+        "carried": carried,
+        "notes": [*base.notes, *(note for adapter, _ in adapters for note in adapter.notes)],
+    }
+
+
+def merged_size(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], dtype: str | None) -> int:
+    """Bytes that the merged weights will take on the disk, headers aside. No data are read, no torch.
+
+    An adapter changes no shapes, so it adds nothing; tied heads are counted as stored, unless they share
+    their storage with the embedding.
+    """
+    pair = tied_pair(base)
+    skip = pair[0].name if pair and pair[0].shares_all(pair[1]) else None
+    infos = (info for info in base.tensors.values() if info.name != skip)
+    return sum(info.parameters * DTYPES[_written_dtype(info, dtype)].size for info in infos)
+
+
+def _changes(base: Checkpoint, adapters: list[tuple[Adapter, float]]) -> dict[str, list[tuple[float, Target]]]:
+    from orchestrator.stages.merge_tensor import check_weight
+
+    changes: dict[str, list[tuple[float, Target]]] = {}
+    for adapter, weight in adapters:
+        found = targets(adapter, base)
+        left = set(adapter.tensors) - set(consumed(found.values()))
+        if left:
+            raise CheckpointError(f"{shown(adapter.path, 400)}: {shown(min(left))} would not be used")
+        check_values(adapter)
+        for name, target in found.items():
+            check_weight(target, weight, changes.get(name, []), shown(adapter.path, 400))
+            changes.setdefault(name, []).append((weight, target))
+    return changes
+
+
+def _check_dtype(base: Checkpoint, dtype: str | None) -> None:
+    if dtype is None:
+        return
+    if dtype not in WRITTEN:
+        raise ConfigError(f"convert.dtype={dtype} is not one of {', '.join(WRITTEN)}")
+    packed = base.config.get("quantization_config") is not None
+    if packed or any(DTYPES[t.dtype].floating and t.dtype not in PLAIN_FLOATS for t in base.tensors.values()):
+        raise CheckpointError(
+            f"{shown(base.path, 400)} is quantized: its weights cannot be written as {dtype}",
+            "Leave convert.dtype out, or give the original 16-bit model.",
+        )
+
+
+def _written_dtype(info: TensorInfo, dtype: str | None) -> str:
+    if dtype is None or info.dtype not in PLAIN_FLOATS or info.name.endswith(_NEVER_CAST):
+        return info.dtype
+    return WRITTEN[dtype]
+
+
+def _layout(base: Checkpoint, dtype: str | None, dropped: list[str]) -> list[tuple[str, str, tuple[int, ...]]]:
+    infos = (info for info in base.tensors.values() if info.name not in dropped)
+    return [(info.name, _written_dtype(info, dtype), info.shape) for info in infos]
+
+
+def _recipe(base: Checkpoint, adapters: list[tuple[Adapter, float]], dtype: str | None, shard_size: int) -> str:
+    inputs = {
+        "version": VERSION,
+        "base": fingerprint(base),
+        "adapters": [[adapter_fingerprint(adapter), weight] for adapter, weight in adapters],
+        "dtype": dtype,
+        "shard_size": shard_size,
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _prepare(job: _Job, shards: list[Shard]) -> None:
+    """Makes the folder, and clears away what earlier calls with other inputs left in it."""
+    if job.out.resolve() == job.base.path.resolve():
+        raise StageError(f"{job.out} is the base itself", "Give another folder for the result.")
+    job.out.mkdir(parents=True, exist_ok=True)
+    planned = {shard.name for shard in shards}
+    for file in sorted(job.out.glob("*.part")):
+        file.unlink()
+    for file in sorted(job.out.glob("*.safetensors")):
+        record = _record_file(job.out, file.name)
+        if file.name not in planned and not record.exists():
+            raise StageError(f"{job.out} already holds {file.name}, of another model", "Give an empty folder.")
+        if file.name not in planned:
+            file.unlink()
+            record.unlink()
+
+
+def _complete(job: _Job, shards: list[Shard], dtype: str) -> list[str]:
+    """Writes the index and the small files; then the records have served."""
+    write_index(job.out, shards)
+    carried = carry_over(job.base, job.out, dtype)
+    for shard in shards:
+        _record_file(job.out, shard.name).unlink(missing_ok=True)
+    return carried
+
+
+def _write_all(job: _Job, shards: list[Shard], progress: Progress) -> list[dict[str, Any]]:
+    total = sum(shard.data_bytes for shard in shards)
+    records: list[dict[str, Any]] = []
+    done = 0
+    for shard in shards:
+        record = _kept(job, shard)
+        if record is None:
+            record = _write_shard(job, shard, functools.partial(_advance, progress, done, total))
+        done += shard.data_bytes
+        if record["kept"]:
+            progress(done, total, shard.tensors[-1].name)
+        records.append(record)
+        _log_memory(record, len(records), len(shards))
+    return records
+
+
+def _advance(progress: Progress, start: int, total: int, done: int, name: str) -> None:
+    progress(start + done, total, name)
+
+
+def _write_shard(job: _Job, shard: Shard, progress: Callable[[int, str], None]) -> dict[str, Any]:
+    from orchestrator.stages.merge_tensor import Merged, pieces
+
+    modules = []
+    done = 0
+    with TensorReader() as reader, ShardWriter(job.out, shard) as writer:
+        for tensor in shard.tensors:
+            info = job.base.tensors[tensor.name]
+            merged = Merged(info, tensor.dtype, job.changes.get(tensor.name, []))
+            writer.write(tensor.name, pieces(reader, merged))
+            modules += merged.report()
+            done += tensor.nbytes
+            progress(done, tensor.name)
+        record = {
+            "name": shard.name,
+            "bytes": shard.file_bytes,
+            "digest": writer.finish(),
+            "recipe": job.recipe,
+            "modules": modules,
+        }
+    # After the shard: killed between the two, the shard has no record of this recipe and is written again.
+    write_text(_record_file(job.out, shard.name), json.dumps(record))
+    return {**record, "kept": False}
+
+
+def _kept(job: _Job, shard: Shard) -> dict[str, Any] | None:
+    """The record of a shard that an earlier call finished from the same inputs, or None."""
+    file = job.out / shard.name
+    try:
+        record = json.loads(_record_file(job.out, shard.name).read_text(encoding="utf-8"))
+        header = shard.header
+        with file.open("rb") as stream:
+            whole = file.stat().st_size == shard.file_bytes and stream.read(len(header)) == header
+    except (OSError, ValueError):
+        return None
+    if not whole or not isinstance(record, dict) or record.get("recipe") != job.recipe:
+        return None
+    return {**record, "kept": True}
+
+
+def _record_file(out: Path, shard: str) -> Path:
+    return out / f"{shard}.done"
+
+
+def _check_changed(adapters: list[tuple[Adapter, float]], modules: list[dict[str, Any]]) -> None:
+    if adapters and not any(module["changed"] for module in modules):
+        names = ", ".join(shown(adapter.path) for adapter, _ in adapters)
+        raise CheckpointError(
+            f"the merge changes nothing: {names} leaves every written weight as it was",
+            "Give a larger weight, or convert.dtype=float32.",
+        )
+
+
+def _disk_error(error: OSError, out: Path, shards: list[Shard]) -> StageError:
+    if error.errno not in _SPACE:
+        return StageError(f"{out} cannot be written: {error.strerror or error}")
+    left = (shard.file_bytes for shard in shards if not (out / shard.name).exists())
+    free = shutil.disk_usage(out).free
+    return StageError(
+        f"no space left in {out}: {sum(left) / _GIB:.2f} GiB needed, {free / _GIB:.2f} GiB free",
+        "Make room and start it again: finished shards are kept.",
+    )
+
+
+def _log_memory(record: dict[str, Any], number: int, total: int) -> None:
+    used, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
+    how = "kept" if record["kept"] else "written"
+    log.info(
+        "%s %s (%d of %d): %.2f GiB of memory in use, %.2f GiB free",
+        record["name"],
+        how,
+        number,
+        total,
+        used / _GIB,
+        free / _GIB,
+    )

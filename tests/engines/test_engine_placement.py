@@ -1,0 +1,46 @@
+"""The check of a placement against its plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from conftest import make_plan
+
+from orchestrator.backends.protocol import LoadPlan
+from orchestrator.engine.placement import check_placement, planned_device
+from orchestrator.errors import EngineError
+
+GIB = 1 << 30
+SPLIT: LoadPlan = replace(
+    make_plan("m"),
+    device_map={"model": "cuda:0", "model.layers.1": "cuda:1", "lm_head": "cuda:1"},
+    weights={"cuda:0": GIB, "cuda:1": GIB},
+)
+
+
+def test_the_longest_module_path_decides() -> None:
+    assert planned_device(SPLIT, "model.layers.1.mlp.weight") == "cuda:1"
+    assert planned_device(SPLIT, "model.layers.10.mlp.weight") == "cuda:0"
+    assert planned_device(SPLIT, "visual.weight") is None
+    assert planned_device(replace(SPLIT, device_map={"": "cpu"}), "visual.weight") == "cpu"
+
+
+def test_as_planned() -> None:
+    check_placement(SPLIT, {"cuda:0": {"model.a": GIB + 20_000_000}, "cuda:1": {"lm_head.weight": GIB - 20_000_000}})
+    check_placement(replace(SPLIT, device_map={}), {"cuda:0": {"rank0.a": GIB}, "cuda:1": {"rank1.a": GIB}})
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        ({"cuda:0": {"model.a": GIB}, "cuda:1": {"model.b": GIB}}, r"model\.b is on cuda:1, planned on cuda:0"),
+        ({"cuda:0": {"model.a": GIB}, "cpu": {"model.layers.1.b": GIB}}, r"is on cpu, planned on cuda:1"),
+        ({"cuda:0": {"model.a": GIB}, "disk": {"visual.b": GIB}}, r"is on disk, planned on cuda:0 or cuda:1"),
+        ({"cuda:0": {"model.a": GIB}}, r"cuda:1 holds 0 bytes of weights, but the plan says 1,073,741,824"),
+        ({"cuda:0": {"model.a": GIB * 2}, "cuda:1": {"lm_head.w": GIB}}, r"cuda:0 holds 2,147,483,648 bytes"),
+    ],
+)
+def test_not_as_planned(placement: dict[str, dict[str, int]], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        check_placement(SPLIT, placement)

@@ -1,0 +1,155 @@
+"""The configuration: every shipped file composes, and every problem is found before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from composing import CONF, composed, hydra_ready
+
+from orchestrator.backends.table import BACKENDS
+from orchestrator.config import ENGINE_KEYS, Config, did_you_mean, get, keys, parse_size
+from orchestrator.errors import ConfigError
+
+CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hydra() -> Iterator[None]:
+    with hydra_ready():
+        yield
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        composed(*argv)
+    return str(caught.value)
+
+
+def test_the_shipped_configuration_is_the_default_of_every_key() -> None:
+    config = composed()
+    assert {key: get(config, key) for key in keys()} == {key: get(Config(), key) for key in keys()}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_shipped_choice_composes(choice: str) -> None:
+    group, name = choice.split("=")
+    config = composed(choice)
+    if group in ("backend", "task"):
+        assert getattr(config, group).name == name
+    if group == "hardware":
+        assert config.hardware.profile == name
+
+
+def test_there_is_a_choice_for_every_backend_and_task() -> None:
+    from orchestrator.app import TASKS
+
+    assert {f"backend={name}" for name in BACKENDS} <= set(CHOICES)
+    assert {f"task={name}" for name in TASKS} == {choice for choice in CHOICES if choice.startswith("task=")}
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["quant.bits=1"], "quant.bits=1"),
+        (["quant.bits=nan"], "quant.bits=nan"),
+        (["generation.temperature=-1"], "generation.temperature=-1"),
+        (["generation.temperature=inf"], "generation.temperature=inf"),
+        (["generation.top_p=0"], "generation.top_p=0"),
+        (["generation.max_tokens=0"], "generation.max_tokens=0"),
+        (["generation.seed=-1"], "generation.seed=-1"),
+        (["run.in_flight=0"], "run.in_flight=0"),
+        (["model.max_context=8"], "model.max_context=8"),
+        (["hardware.memory_gib=0"], "hardware.memory_gib=0"),
+        (["hardware.reserve_gib=-1"], "hardware.reserve_gib=-1"),
+        (["convert.shard_size=big"], "500MB"),
+        (["model.dtype=fp16"], "float16"),
+        (["quant.method=awq"], "nf4"),
+        (["artifacts.action=delete"], "prune"),
+        (["backend.name=vllmm"], "backend.name=vllmm"),
+        (["merge.base=nf4"], "merge.base"),
+        (["model.merge=false"], "model.merge"),
+        (["prompts.text=hi", "prompts.file=a.txt"], "prompts.file"),
+        (["model.path=/m", "model.adapter=/a", "model.adapters=[{path: /b}]"], "model.adapters"),
+        (["convert.verify=true"], "convert.verify"),
+        (["model.revision=main"], "model.revision"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_possible(argv: list[str], said: str) -> None:
+    message = refusal(*argv)
+    assert said in message
+    assert "\n" not in message
+
+
+def test_all_problems_are_told_at_once() -> None:
+    message = refusal("quant.bits=1", "generation.top_p=2", "model.dtype=fp16", "convert.shard_size=1KB")
+    assert all(key in message for key in ("quant.bits", "generation.top_p", "model.dtype", "convert.shard_size"))
+
+
+def test_a_missing_adapter_path_is_named() -> None:
+    assert "path" in refusal("model.path=/m", "model.adapters=[{weight: 0.5}]")
+
+
+def test_a_setting_of_another_engine_is_refused_and_not_ignored() -> None:
+    message = refusal("backend=transformers", "quant.double=true")
+    assert "quant.double" in message
+    assert "backend=bitsandbytes" in message
+
+
+def test_settings_of_two_engines_are_refused_together() -> None:
+    message = refusal("backend=bitsandbytes", "quant.double=true", "parallel.tensor=4")
+    assert "parallel.tensor" in message
+    assert "quant.double" not in message
+
+
+def test_a_method_of_another_engine_names_the_engine_that_has_it() -> None:
+    assert "backend=bitsandbytes has it" in refusal("backend=transformers", "quant=nf4")
+
+
+@pytest.mark.parametrize("key", ENGINE_KEYS)
+def test_an_engine_setting_that_nothing_takes_is_refused_with_any_backend(key: str) -> None:
+    from orchestrator.backends.table import backends_with_key
+
+    if backends_with_key(key):
+        pytest.skip("an engine takes it")
+    assert key in refusal(f"{key}=1")
+    assert all(key in refusal(f"{key}=1", f"backend={name}") for name in BACKENDS)
+
+
+def test_model_adapter_is_short_for_one_adapter() -> None:
+    adapters = composed("model.path=/m", "model.adapter=/a b,c=d").model.adapters
+    assert [(a.path, a.weight) for a in adapters] == [("/a b,c=d", 1.0)]
+
+
+def test_keys_are_dotted_and_complete() -> None:
+    found = list(keys())
+    assert {"quant.bits", "quant.calibration.file", "backend.engine_args", "task.name"} <= set(found)
+    assert len(found) == len(set(found))
+    assert set(ENGINE_KEYS) <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("500MB", 500 * 10**6),
+        ("5GB", 5 * 10**9),
+        ("2GiB", 2 * 2**30),
+        ("1.5 gb", 1_500_000_000),
+        ("1048576", 2**20),
+        ("64MiB", 64 * 2**20),
+        (" 3gib ", 3 * 2**30),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "5 apples", "-5GB", "nanGB", "infGB", "999999", "0", "1KB", "5TB5"])
+def test_what_is_no_size_of_a_shard(text: str) -> None:
+    with pytest.raises(ValueError, match="shard|number and a unit"):
+        parse_size(text)
+
+
+def test_a_suggestion_is_near_or_there_is_none() -> None:
+    assert did_you_mean("model.pth", list(keys())) == "Did you mean model.path?"
+    assert did_you_mean("zzzz", list(keys())) == ""
