@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.hardware import detect
 from orchestrator.config import HardwareConfig
+from orchestrator.hardware import detect
 from orchestrator.pipeline import versions
 
 RESULTS = Path(__file__).parent / "results"

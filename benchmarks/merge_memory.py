@@ -126,7 +126,9 @@ def merge_here(base: str, adapter: str, out: str) -> None:
     Path(out).mkdir()
     started = time.perf_counter()
     opened = open_checkpoint(Path(base))
-    merge(opened, [(open_adapter(Path(adapter)), 1.0)], Path(out), dtype=None, shard_size=10**9, progress=lambda *_: None)
+    merge(
+        opened, [(open_adapter(Path(adapter)), 1.0)], Path(out), dtype=None, shard_size=10**9, progress=lambda *_: None
+    )
     seconds = time.perf_counter() - started
     done.set()
     status = Path("/proc/self/status").read_text()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from orchestrator.artifacts import Artifact, Built, Recipe, Store
+from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.adapter import Adapter
 from orchestrator.checkpoint.adapter import fingerprint as adapter_fingerprint
 from orchestrator.checkpoint.folder import Checkpoint, fingerprint
 from orchestrator.config import Config, folder, parse_size
+from orchestrator.plan.types import Candidate
 from orchestrator.report.console import note, progress, size
+from orchestrator.runfolder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -60,18 +63,27 @@ def _inputs(source: Source) -> dict[str, Any]:
     return inputs
 
 
-def prepare(config: Config, source: Source, status: Callable[[str], None]) -> Model:
-    """Runs the stages that a request needs and whose artifact is not there yet.
+def prepare(config: Config, source: Source, chosen: Candidate, run: RunFolder) -> Model:
+    """Runs the stages that a request needs and whose artifact is not there yet: the merge, then the engine's own.
 
     Raises:
         CheckpointError, StageError, DoesNotFitError, RequestError: see the stages and the store.
     """
+    model = merged(config, source, run)
+    for stage in BACKENDS[chosen.backend].stages:
+        module, function = stage.split(":")
+        model = getattr(importlib.import_module(module), function)(config, model, chosen, run)
+    return model
+
+
+def merged(config: Config, source: Source, run: RunFolder) -> Model:
+    """The merged (or converted) safetensors of a request; its own files where they will do."""
     recipe = merge_recipe(config, source)
     if recipe is None:
         return Model(source.base.path)
     store = Store(folder(config.paths.artifacts))
     if (found := store.find(recipe)) is None:
-        status("merging" if source.adapters else "converting")
+        run.status("merging" if source.adapters else "converting")
     from orchestrator.stages.merge import merged_size
 
     started = time.monotonic()

@@ -52,7 +52,9 @@ class Llama:
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}."
             found |= {f"{prefix}{module}.weight": shape for module, shape in self.linears().items()}
-            found |= {f"{prefix}{norm}.weight": (self.hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
+            found |= {
+                f"{prefix}{norm}.weight": (self.hidden,) for norm in ("input_layernorm", "post_attention_layernorm")
+            }
         found["model.norm.weight"] = (self.hidden,)
         if not self.tied:
             found["lm_head.weight"] = (self.vocab, self.hidden)
@@ -108,7 +110,9 @@ def write_noise(folder: Path, shape: Llama, shards: int = 1) -> Path:
     for i, part in enumerate(parts, 1):
         file = "model.safetensors" if shards == 1 else f"model-{i:05d}-of-{shards:05d}.safetensors"
         where |= dict.fromkeys(part, file)
-        arrays = {n: np.ones(s) if len(s) == 1 else random.standard_normal(s, np.float32) * 0.05 for n, s in part.items()}
+        arrays = {
+            n: np.ones(s) if len(s) == 1 else random.standard_normal(s, np.float32) * 0.05 for n, s in part.items()
+        }
         write_safetensors(folder / file, arrays, shape.dtype)
     if shards > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))

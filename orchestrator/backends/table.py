@@ -10,11 +10,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Method:
-    """One way to store weights. `loss` orders methods by how far they are from 16 bit (0 is nothing lost)."""
+    """One way to store weights. `loss` orders methods by how far they are from 16 bit (0 is nothing lost).
+
+    `low` and `high` bound the bits per weight of a method that takes any width; others have those of their backend.
+    """
 
     name: str
     loss: float
     label: str
+    low: float | None = None
+    high: float | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -40,7 +45,8 @@ class Backend:
         keys: the engine-specific keys of the configuration that it understands.
         packages: what has to be importable in its interpreter.
         extra: the extra of our own package that installs them.
-        speed: device -> expected decode speed relative to the others, per method (only the order matters).
+        speed: method -> expected decode speed relative to the others (only the order matters).
+        stages: "module:function" of the stages that turn merged safetensors into what it loads (see pipeline).
     """
 
     name: str
@@ -52,7 +58,7 @@ class Backend:
     extra: str
     speed: dict[str, float]
     keys: frozenset[str] = field(default_factory=frozenset)
-    cache_bits: tuple[int, ...] = (16,)
+    stages: tuple[str, ...] = ()
 
 
 BACKENDS: dict[str, Backend] = {

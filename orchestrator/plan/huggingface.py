@@ -72,8 +72,9 @@ def units(spec: ModelSpec, ask: Ask) -> list[Unit]:
             part[module] = part.get(module, 0) + size
     body = next(iter(layers.values()))[0].rsplit(".", 2)[0]
     first_modules = (*first, f"{body}.rotary_emb", *(("lm_head",) if spec.tied else ()))
+    rotary = 4 * spec.head_dim  # inv_freq and original_inv_freq, float32 whatever the dtype
     return [
-        Unit(first_modules, sum(first.values()), 0),
+        Unit(first_modules, sum(first.values()) + rotary, 0),
         *(Unit((prefix,), size, kv) for _, (prefix, size) in sorted(layers.items())),
         Unit(tuple(last), sum(last.values()), 0),
     ]

@@ -112,6 +112,7 @@ def _asks(config: Config, hardware: Hardware) -> Iterator[Ask]:
                 max_context=config.model.max_context,
                 goal=GOAL_CONTEXT,
                 max_in_flight=config.run.in_flight,
+                settings={key: get(config, key) for key in set_keys},
             )
 
 
@@ -121,6 +122,10 @@ def _widths(config: Config, backend: Backend, hardware: Hardware) -> Iterator[tu
     for method, widths in backend.methods.items():
         if config.quant.method not in ("auto", method):
             continue
+        low, high = METHODS[method].low, METHODS[method].high
+        asked = config.quant.bits
+        if asked is not None and low is not None and high is not None and low <= asked <= high:
+            widths = (asked,)
         for bits in widths:
             if config.quant.bits not in (None, bits):
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -47,6 +47,7 @@ class Ask:
         max_context: tokens that were asked for; None: as many as fit, up to the goal.
         goal: tokens of context to reach where none were asked for.
         max_in_flight: sequences at a time.
+        settings: the engine-specific keys of the configuration that were set ("cache.bits": 8, ...).
     """
 
     backend: str
@@ -57,6 +58,7 @@ class Ask:
     max_context: int | None
     goal: int
     max_in_flight: int
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Candidate:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     gpu_split: tuple[float, ...] = ()
+    cache_bits: int = 16
 
     @property
     def devices(self) -> tuple[DeviceBytes, ...]:
@@ -106,6 +109,7 @@ class Candidate:
             "tensor_parallel": self.tensor_parallel,
             "pipeline_parallel": self.pipeline_parallel,
             "gpu_split": list(self.gpu_split),
+            "cache_bits": self.cache_bits,
             "max_context": self.max_context,
             "max_in_flight": self.max_in_flight,
             "gpus": [gpu.to_json() for gpu in self.gpus],

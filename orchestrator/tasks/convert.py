@@ -12,7 +12,7 @@ from orchestrator.errors import ConfigError, RequestError
 from orchestrator.pipeline import Model, prepare
 from orchestrator.report.console import note
 from orchestrator.runfolder import RunFolder
-from orchestrator.tasks.session import find_source
+from orchestrator.tasks.session import look
 
 
 def convert(config: Config, run: RunFolder) -> None:
@@ -24,8 +24,9 @@ def convert(config: Config, run: RunFolder) -> None:
     output = folder(config.output.path) if config.output.path is not None else None
     if output is not None:
         _check_output(output)
-    config, source = find_source(config)
-    model = prepare(config, source, run.status)
+    planned = look(config, planning=True)
+    config, source, chosen = planned.config, planned.source, planned.plan.chosen
+    model = prepare(config, source, chosen, run)
     if not model.artifacts and output is None:
         note(f"{model.path} is safetensors already and has no adapter: nothing to do")
     if output is not None:

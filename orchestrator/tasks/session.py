@@ -137,6 +137,8 @@ def load_plan(planned: Planned, chosen: Candidate, model: Path) -> LoadPlan:
         max_in_flight=chosen.max_in_flight,
         device_map=chosen.device_map,
         weights=chosen.weights,
+        memory={gpu.device: gpu.capacity for gpu in chosen.gpus},
+        cache_bits=chosen.cache_bits,
         double_quant=chosen.double_quant,
         tensor_parallel=chosen.tensor_parallel,
         pipeline_parallel=chosen.pipeline_parallel,
@@ -159,7 +161,7 @@ def open_session(planned: Planned, run: RunFolder) -> Iterator[Session]:
     chosen, python = runnable(planned.plan, config, planned.hardware)
     run.write("plan.json", planned.plan.to_json() | chosen.to_json())
     show_plan(planned, chosen)
-    model = prepare(config, planned.source, run.status)
+    model = prepare(config, planned.source, chosen, run)
     run.status("loading")
     note(f"loading in a process of its own ({chosen.label}) ...")
     plan = load_plan(planned, chosen, model.path)

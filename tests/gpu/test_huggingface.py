@@ -60,5 +60,7 @@ def test_a_split_over_two_gpus_is_placed_as_planned(tmp_path: Path, store: Path)
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
     # A cap that one card cannot hold the model's share of cache and scratch under.
-    result = run(tmp_path, store, "backend=transformers", "quant.bits=32", "hardware.memory_gib=1.22", "hardware.gpus=[0,1]")
+    result = run(
+        tmp_path, store, "backend=transformers", "quant.bits=32", "hardware.memory_gib=1.22", "hardware.gpus=[0,1]"
+    )
     assert set(result["measured"]["placement"]) == {gpu["device"] for gpu in result["plan"]["gpus"]}

@@ -17,7 +17,6 @@ def prompt(index: int, **carried: object) -> Prompt:
     return Prompt(index, [{"role": "user", "content": f"question {index}"}], carried)
 
 
-
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "answers.jsonl"
@@ -25,9 +24,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_an_answer_is_on_the_disk_as_soon_as_it_is_added(path: Path) -> None:
     AnswersFile(path).add(prompt(0, id="a"), {"answer": "é, \u2028 and\nmore"})
-    assert lines_of_jsonl(path) == [
-        {"id": "a", "index": 0, "prompt": "question 0", "answer": "é, \u2028 and\nmore"}
-    ]
+    assert lines_of_jsonl(path) == [{"id": "a", "index": 0, "prompt": "question 0", "answer": "é, \u2028 and\nmore"}]
 
 
 def lines_of_jsonl(path: Path) -> list[dict[str, object]]:

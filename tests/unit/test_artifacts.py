@@ -391,9 +391,7 @@ def test_verify_of_a_damaged_store_fails_and_names_it(
     assert f"{three['0'].name}: ok" in out
 
 
-def test_an_unknown_name_is_answered_with_a_near_one(
-    store: Store, three: dict[str, Artifact], tmp_path: Path
-) -> None:
+def test_an_unknown_name_is_answered_with_a_near_one(store: Store, three: dict[str, Artifact], tmp_path: Path) -> None:
     name = three["0"].name
     with pytest.raises(RequestError, match=f"Did you mean.*{name}"):
         run_task(store, tmp_path, action="prune", name=f"{name[:-1]}_")

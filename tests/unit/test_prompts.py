@@ -119,7 +119,7 @@ def test_a_line_nested_too_deep_is_refused(tmp_path: Path) -> None:
     [
         ("one\ntwo\n", ["one", "two"]),
         ('{"prompt": "one"}\n{"prompt": "two", "id": 1}\n', ["one", "two"]),
-        ("\n  {\"prompt\": \"one\"}\n", ["one"]),
+        ('\n  {"prompt": "one"}\n', ["one"]),
     ],
 )
 def test_standard_input_is_text_or_jsonl(monkeypatch: pytest.MonkeyPatch, content: str, texts: list[str]) -> None:
