@@ -163,7 +163,9 @@ def _estimate(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> 
 
 
 def _rank(candidate: Candidate, goal: int) -> tuple[float, ...]:
-    speed = BACKENDS[candidate.backend].speed.get(candidate.method, 0.0)
+    backend = BACKENDS[candidate.backend]
+    speeds = backend.speed if candidate.gpus else backend.cpu_speed or backend.speed
+    speed = speeds.get(candidate.method, 0.0)
     short = candidate.max_context < goal
     need = sum(device.total for device in candidate.devices)
     if not candidate.fits:  # nearest to fitting first
