@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ def nvml_gpus() -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         wanted = [part.strip() for part in visible.split(",") if part.strip()]
-        handles = [h for part in wanted if (h := _match(part, by_name)) is not None]
+        # As CUDA has it: what follows a name that is not there is not visible either.
+        handles = list(takewhile(lambda handle: handle is not None, (_match(part, by_name) for part in wanted)))
     gpus = []
     for index, handle in enumerate(handles):
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
