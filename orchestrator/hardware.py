@@ -78,8 +78,9 @@ def detect(config: HardwareConfig, *, planning: bool) -> Hardware:
         gpus = gpus[: config.cards]
     gpus = _chosen(gpus, config.gpus)
     capped = tuple(_capped(gpu, config, reserve, planning) for gpu in gpus)
-    if not capped:
-        host_available = max(0, host_available - reserve)
+    if not capped:  # then the host is what the caps are about
+        cap = host_total if config.memory_gib is None else int(config.memory_gib * GIB)
+        host_available = max(0, min(host_available, cap) - reserve)
     return Hardware(config.profile, capped, host_total, host_available, len(os.sched_getaffinity(0)), notes)
 
 

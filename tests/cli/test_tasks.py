@@ -146,7 +146,9 @@ def test_artifacts_are_listed_verified_and_pruned(own_store: Orchestrator, defau
     assert name in [row["name"] for row in listed.json("result.json")["artifacts"]]
     verified = own_store("task=artifacts", "artifacts.action=verify", f"artifacts.name={name}")
     assert (verified.code, verified.out) == (0, f"{name}: ok\n")
-    rehearsed = own_store("task=artifacts", "artifacts.action=prune", f"artifacts.name={name}", "artifacts.dry_run=true")
+    rehearsed = own_store(
+        "task=artifacts", "artifacts.action=prune", f"artifacts.name={name}", "artifacts.dry_run=true"
+    )
     assert f"would remove {name}" in rehearsed.out
     assert (own_store.store / name).is_dir()
     pruned = own_store("task=artifacts", "artifacts.action=prune", f"artifacts.name={name}")

@@ -97,7 +97,7 @@ def test_weights_of_the_unquantized_model_are_its_parameters(
     specs: dict[Llama, ModelSpec], shape: Llama, argv: list[str], item: int
 ) -> None:
     chosen = best(specs[shape], cpu(), "backend=transformers", *argv)
-    parameters = sum(a * b for a, b in ((s + (1,))[:2] for s in shape.tensors().values()))
+    parameters = sum(a * b for a, b in ((*s, 1)[:2] for s in shape.tensors().values()))
     assert chosen.host.weights == parameters * item + rotary_bytes(shape)
     assert chosen.weights == {"cpu": chosen.host.weights}
 
@@ -143,9 +143,7 @@ def test_the_least_loss_that_fits_comes_first(specs: dict[Llama, ModelSpec]) -> 
     assert all(c.fits for c in plan.candidates)
 
 
-@pytest.mark.parametrize(
-    ("gib", "method"), [(80, "none"), (24, "none"), (12, "int8"), (7, "nf4")]
-)
+@pytest.mark.parametrize(("gib", "method"), [(80, "none"), (24, "none"), (12, "int8"), (7, "nf4")])
 def test_a_7b_takes_what_its_card_has_room_for(specs: dict[Llama, ModelSpec], gib: float, method: str) -> None:
     chosen = best(specs[LLAMA_7B], cards(1, gib), "model.max_context=512", "run.in_flight=1")
     assert chosen.fits
@@ -233,14 +231,14 @@ def test_the_plan_as_json_has_the_documented_fields(specs: dict[Llama, ModelSpec
 
 def layers_of(device_map: dict[str, str]) -> list[str]:
     """The devices of the layers, in the order of the forward pass."""
-    found = {int(m[1]): device for name, device in device_map.items() if (m := re.fullmatch(r"model\.layers\.(\d+)", name))}
+    found = {
+        int(m[1]): device for name, device in device_map.items() if (m := re.fullmatch(r"model\.layers\.(\d+)", name))
+    }
     return [found[i] for i in range(len(found))]
 
 
 @pytest.mark.parametrize(("count", "gib"), [(2, 24), (4, 14)])
-def test_a_70b_is_spread_in_order_and_every_module_once(
-    specs: dict[Llama, ModelSpec], count: int, gib: float
-) -> None:
+def test_a_70b_is_spread_in_order_and_every_module_once(specs: dict[Llama, ModelSpec], count: int, gib: float) -> None:
     chosen = best(specs[LLAMA_70B], cards(count, gib), "quant=nf4", "model.max_context=1024")
     assert chosen.fits
     expected = {"model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"}

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -116,8 +117,7 @@ def check(argv: list[str], folder: Path) -> None:
 def recipes() -> dict[str, str]:
     """The recipes of the Justfile with the comment above each."""
     lines = (ROOT / "Justfile").read_text(encoding="utf-8").splitlines()
-    pairs = zip(lines, lines[1:], strict=False)
-    return {m[1]: above for above, line in pairs if (m := re.match(r"([a-z][\w-]*)[^:=]*:(?!=)", line))}
+    return {m[1]: above for above, line in pairwise(lines) if (m := re.match(r"([a-z][\w-]*)[^:=]*:(?!=)", line))}
 
 
 def test_just_lists_every_recipe_with_what_it_does() -> None:
