@@ -56,6 +56,7 @@ class Artifact:
 
     path: Path
     manifest: dict[str, Any]
+    files: dict[str, tuple[int, str]]  # name -> bytes, blake2b
 
     @property
     def name(self) -> str:
@@ -64,7 +65,7 @@ class Artifact:
     @property
     def size(self) -> int:
         """Bytes of its files."""
-        return sum(int(entry["size"]) for entry in self.manifest["files"].values())
+        return sum(size for size, _ in self.files.values())
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,13 @@ class Store:
     def verify(self, artifact: Artifact) -> list[str]:
         """What is wrong with an artifact's files: missing, of another size, of another digest. Reads all of them."""
         problems = []
-        for name, entry in artifact.manifest["files"].items():
+        for name, (size, blake2b) in artifact.files.items():
             path = artifact.path / name
             if not path.is_file():
                 problems.append(f"{name} is missing")
-            elif path.stat().st_size != entry["size"]:
-                problems.append(f"{name} has {path.stat().st_size} bytes, not {entry['size']}")
-            elif digest(path) != entry["blake2b"]:
+            elif path.stat().st_size != size:
+                problems.append(f"{name} has {path.stat().st_size} bytes, not {size}")
+            elif digest(path) != blake2b:
                 problems.append(f"{name} has another digest than when it was built")
         return problems
 
@@ -159,12 +160,13 @@ class Store:
     def _read(self, path: Path) -> Artifact | None:
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            return Artifact(path, manifest) if isinstance(manifest["files"], dict) else None
+            files = {name: (int(entry["size"]), str(entry["blake2b"])) for name, entry in manifest["files"].items()}
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s has a manifest that cannot be read (%s): not used", path, error)
             return None
+        return Artifact(path, manifest, files)
 
     def _used(self, artifact: Artifact) -> None:
         try:
@@ -210,7 +212,7 @@ class Store:
 
     def _finish(self, partial: Path, recipe: Recipe, built: Built, started: float) -> Artifact:
         files = {
-            path.name: {"size": path.stat().st_size, "blake2b": built.digests.get(path.name) or digest(path)}
+            path.name: (path.stat().st_size, built.digests.get(path.name) or digest(path))
             for path in sorted(partial.iterdir())
             if path.name != MANIFEST
         }
@@ -222,7 +224,7 @@ class Store:
             "orchestrator": __version__,
             "created": started,
             "seconds": round(time.time() - started, 3),
-            "files": files,
+            "files": {name: {"size": size, "blake2b": blake2b} for name, (size, blake2b) in files.items()},
             "report": built.report,
         }
         write_json(partial / MANIFEST, manifest)
@@ -231,7 +233,7 @@ class Store:
             shutil.rmtree(final)
         partial.rename(final)
         _sync(self.root)
-        return Artifact(final, manifest)
+        return Artifact(final, manifest, files)
 
 
 def last_used(artifact: Artifact) -> float:

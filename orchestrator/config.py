@@ -98,7 +98,7 @@ class HardwareConfig:
     profile: str = "auto"
     cards: int | None = None  # a profile's number of cards
     gpus: list[int] | None = None  # indexes of the machine's GPUs to use
-    memory_gib: float | None = None  # cap on each GPU
+    memory_gib: float | None = None  # cap on each GPU, or on the host where there is none
     reserve_gib: float = 0.0  # of each GPU, or of the host where there is none, to leave free
 
 
@@ -223,7 +223,7 @@ def get(config: Config, key: str) -> Any:
 
 def did_you_mean(word: str, known: list[str]) -> str:
     """A sentence naming the known words nearest to `word`, or an empty string."""
-    near = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.85) or difflib.get_close_matches(word, known, 2, 0.6)
     if not near:  # the right last part in the wrong place: "bits" for "quant.bits"
         last = [name.rsplit(".", 1)[-1] for name in known]
         close = difflib.get_close_matches(word.rsplit(".", 1)[-1], last, 1, 0.75)
@@ -315,6 +315,14 @@ def _who(able: list[str]) -> str:
     return f"backend={' or '.join(able)} has it" if able else "no backend of this version has it"
 
 
+def _check_hardware(config: Config) -> Iterator[str]:
+    hardware = config.hardware
+    if hardware.profile not in ("auto", "cpu") and hardware.cards is None:
+        yield f"hardware.profile={hardware.profile} is not auto or cpu; a named profile is chosen by hardware=4x24gb"
+    if hardware.cards is not None and not 1 <= hardware.cards <= 1024:
+        yield f"hardware.cards={hardware.cards} is out of range: 1 to 1024"
+
+
 def _check_model(config: Config) -> Iterator[str]:
     if config.model.adapter and len(config.model.adapters) > 1:
         yield "model.adapter and model.adapters are both set: give all of them as model.adapters"
@@ -342,6 +350,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     _check_choices,
     _check_numbers,
     _check_engine_keys,
+    _check_hardware,
     _check_model,
     _check_prompts,
 )

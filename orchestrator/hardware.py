@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,9 @@ def detect(config: HardwareConfig, *, planning: bool) -> Hardware:
         gpus = gpus[: config.cards]
     gpus = _chosen(gpus, config.gpus)
     capped = tuple(_capped(gpu, config, reserve, planning) for gpu in gpus)
-    if not capped:
-        host_available = max(0, host_available - reserve)
+    if not capped:  # then the host is what the caps are about
+        cap = host_total if config.memory_gib is None else int(config.memory_gib * GIB)
+        host_available = max(0, min(host_available, cap) - reserve)
     return Hardware(config.profile, capped, host_total, host_available, len(os.sched_getaffinity(0)), notes)
 
 
@@ -122,7 +124,8 @@ def nvml_gpus() -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         wanted = [part.strip() for part in visible.split(",") if part.strip()]
-        handles = [h for part in wanted if (h := _match(part, by_name)) is not None]
+        # As CUDA has it: what follows a name that is not there is not visible either.
+        handles = list(takewhile(lambda handle: handle is not None, (_match(part, by_name) for part in wanted)))
     gpus = []
     for index, handle in enumerate(handles):
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)

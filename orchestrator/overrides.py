@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from orchestrator.config import did_you_mean, keys
@@ -44,15 +45,19 @@ def prepare(argv: list[str], conf: Path) -> list[str]:
     """
     multirun = bool({"-m", "--multirun"} & set(argv))
     own_groups = any(flag.split("=")[0] in {"--config-dir", "-cd", "--config-path", "-cp"} for flag in argv)
-    prepared: list[str] = []
+    flags: list[str] = []  # first, wherever they stood: argparse takes the overrides in one piece only
+    overrides: list[str] = []
+    typed: list[str] = []
     takes_value = False
     for argument in argv:
         if takes_value or argument.startswith("-"):
-            prepared.append(argument)
+            flags.append(argument)
             takes_value = not takes_value and argument in FLAGS_WITH_VALUE
         else:
-            prepared.append(_override(argument, conf, multirun, own_groups))
-    return _resumed(prepared)
+            typed.append(argument)
+            overrides.append(_override(argument, conf, multirun, own_groups))
+    raw = {key: value for key, _, value in (argument.partition("=") for argument in typed)}
+    return [*flags, *_resumed(overrides, raw)]
 
 
 def _override(argument: str, conf: Path, multirun: bool, own_groups: bool) -> str:
@@ -99,37 +104,48 @@ def _what_was_meant(argument: str, groups: dict[str, list[str]]) -> str:
 
 
 def _quoted(key: str, value: str) -> str:
-    """value as a Hydra string; lists ("[a,b]"), null and what is quoted already stay Hydra's."""
-    if value in ("", "null") or (key == "prompts.text" and value.startswith(("[", "'", '"'))):
+    """value as a Hydra string; null, lists ("[a,b]") and what is quoted already stay Hydra's."""
+    if value in ("", "null") or (key == "prompts.text" and _is_list_or_string(value)):
         return value
     if key != "prompts.text" and value.startswith("~"):
         value = str(Path(value).expanduser())
-    # A Hydra string: a quote is escaped, and so are the backslashes before one (or at the end); OmegaConf's own
-    # interpolation is escaped after that.
-    out, backslashes = [], 0
-    for char in value:
-        if char == "\\":
-            backslashes += 1
-            continue
-        out.append("\\" * (backslashes * 2 if char == "'" else backslashes))
-        out.append("\\'" if char == "'" else char)
-        backslashes = 0
-    out.append("\\" * backslashes * 2)
-    return "'" + "".join(out).replace("${", "\\${") + "'"
+    # OmegaConf first: "${" would be an interpolation, and backslashes count before it. Then Hydra: a quote would
+    # end the string, and backslashes count before it and at the end.
+    value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)
+    value = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", value)
+    value = re.sub(r"(\\+)\Z", lambda found: found[1] * 2, value)
+    return f"'{value}'"
 
 
-def _resumed(prepared: list[str]) -> list[str]:
-    """With run.resume the run's own folder is the run folder, and its own configuration is the configuration."""
-    given = {o.partition("=")[0]: o.partition("=")[2] for o in prepared if not o.startswith("-")}
-    if "run.resume" not in given or given["run.resume"] in ("", "null"):
-        return prepared
-    others = [key for key in given if not key.startswith(WITH_RESUME)]
+def _is_list_or_string(value: str) -> bool:
+    """Whether all of value is a list or a quoted string in Hydra's grammar ("[INST] hi" is neither)."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import QuotedString
+    from hydra.errors import HydraException
+
+    if not value.startswith(("[", "'", '"')):
+        return False
+    try:
+        parsed = OverridesParser.create().parse_override(f"key={value}")._value
+    except HydraException:
+        return False
+    return isinstance(parsed, list | QuotedString)
+
+
+def _resumed(overrides: list[str], raw: dict[str, str]) -> list[str]:
+    """With run.resume the run's own folder is the run folder, and its own configuration is the configuration.
+
+    `raw`: the overrides as they were typed.
+    """
+    if raw.get("run.resume", "null") in ("", "null"):
+        return overrides
+    others = [key for key in raw if not key.startswith(WITH_RESUME)]
     if others:
         raise ConfigError(
             f"run.resume continues a run as it was, and {', '.join(others)} would change it",
             "Leave that out, or start a new run.",
         )
-    folder = Path(given["run.resume"].strip("'")).absolute()
+    folder = Path(raw["run.resume"]).expanduser().absolute()
     if not (folder / "config.yaml").is_file():
         raise RequestError(f"run.resume={folder}: not a run folder (it has no config.yaml)")
-    return [*prepared, f"hydra.run.dir={given['run.resume']}"]
+    return [*overrides, f"hydra.run.dir={_quoted('run.resume', str(folder))}"]

@@ -62,7 +62,7 @@ class Tokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """The tokens of a text as it stands, nothing added."""
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def encode(self, messages: list[Message], *, answer: bool = True) -> list[int]:
         """The tokens of a conversation, ready for the model to answer (or, without `answer`, complete).

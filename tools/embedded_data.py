@@ -135,8 +135,9 @@ def source_documentation(name: str, source: str) -> str:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
         if doc := ast.get_docstring(node):
-            is_class = isinstance(node, ast.ClassDef)
-            head = f"class {node.name}" if is_class else f"{node.name}({ast.unparse(node.args)})"
+            head = f"class {node.name}"
+            if not isinstance(node, ast.ClassDef):
+                head = f"{node.name}({ast.unparse(node.args)})"
             parts.append(f"{head}\n\n{doc}")
     return "\n\n".join(parts)
 
@@ -397,7 +398,7 @@ def ramblings(texts: list[Document], count: int) -> list[tuple[str, str]]:
     cannot mend; concise answers are left for the adapter to teach.
     """
     rng = random.Random(1)
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     while len(pairs) < count:
         document = rng.choice(texts)
         paragraphs = [p for p in re.split(r"\n\s*\n", document.text) if len(p) > 30]

@@ -76,8 +76,8 @@ class LoraConfig:
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def saves(self, module: str) -> bool:
-        """Whether `module` is one of modules_to_save (PEFT compares the end of the path)."""
-        return any(module == name or module.endswith(f".{name}") for name in self.modules_to_save)
+        """Whether `module` is one of modules_to_save: as PEFT, by the end of its path, letter by letter."""
+        return module.endswith(self.modules_to_save)
 
 
 def _first_match(patterns: tuple[tuple[str, _Value], ...], module: str, default: _Value) -> _Value:

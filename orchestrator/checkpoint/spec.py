@@ -199,7 +199,7 @@ def _measured(checkpoint: Checkpoint, row: Architecture, config: _Config, notes:
     queries, _ = _matrix(checkpoint, f"{layer}self_attn.q_proj.weight")
     keys, _ = _matrix(checkpoint, f"{layer}self_attn.k_proj.weight")
     intermediate, _ = _matrix(checkpoint, f"{layer}mlp.gate_proj.weight")
-    head_dim = _head_dim(checkpoint, row, config, queries, hidden)
+    head_dim = _head_dim(checkpoint, row, config, queries)
     if queries % head_dim or keys % head_dim:
         raise CheckpointError(
             f"{shown(checkpoint.path, 400)}: heads of {head_dim} do not divide q_proj's {queries} and "
@@ -211,7 +211,7 @@ def _measured(checkpoint: Checkpoint, row: Architecture, config: _Config, notes:
     return sizes
 
 
-def _head_dim(checkpoint: Checkpoint, row: Architecture, config: _Config, queries: int, hidden: int) -> int:
+def _head_dim(checkpoint: Checkpoint, row: Architecture, config: _Config, queries: int) -> int:
     norm = checkpoint.tensors.get(f"{row.layer.format(0)}self_attn.q_norm.weight")
     if norm is not None and norm.parameters:
         return norm.shape[-1]
@@ -219,8 +219,12 @@ def _head_dim(checkpoint: Checkpoint, row: Architecture, config: _Config, querie
     if said and queries % said == 0:
         return said
     heads = config.need("num_attention_heads")
-    # The rows of q_proj are the truth; hidden / heads is what transformers takes where head_dim is not given.
-    return queries // heads if queries % heads == 0 else max(hidden // heads, 1)
+    if queries % heads:
+        raise CheckpointError(
+            f"{config.where}: {heads} heads do not divide the {queries} rows of q_proj",
+            "Correct num_attention_heads, or give head_dim.",
+        )
+    return queries // heads
 
 
 _CONFIG_KEYS = {

@@ -4,6 +4,7 @@ The format: https://github.com/huggingface/safetensors#format. A file appears un
 of it is on the disk.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -112,22 +113,17 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         self._stream = self.part.open("wb")
-        self._put(self.shard.header)
+        try:
+            self._put(self.shard.header)
+        except OSError:
+            self._discard()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._stream is None:
-            return
-        try:
-            self._stream.close()
-        except OSError:
-            if error is None:
-                raise
-        finally:
-            self._stream = None
-            self.part.unlink(missing_ok=True)
+        self._discard()
 
     def write(self, name: str, pieces: Iterable[Any]) -> None:
         """The data of the shard's next tensor, as buffers of bytes in order.
@@ -163,6 +159,14 @@ class ShardWriter:
         self.part.replace(self.final)
         sync_folder(self.final.parent)
         return self._digest.hexdigest()
+
+    def _discard(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            # What is still buffered may not fit on a full disk; it is not wanted any more.
+            with contextlib.suppress(OSError):
+                stream.close()
+            self.part.unlink(missing_ok=True)
 
     def _put(self, data: bytes | memoryview) -> None:
         if self._stream is None:

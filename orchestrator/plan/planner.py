@@ -174,7 +174,7 @@ def _rank(candidate: Candidate, goal: int) -> tuple[float, ...]:
 
 
 def _nothing_matches(config: Config) -> str:
-    asked = [f"backend={config.backend.name}"]
+    asked = [f"backend={config.backend.name}"] if config.backend.name != "auto" else []
     asked += [f"quant.method={config.quant.method}"] if config.quant.method != "auto" else []
     asked += [f"quant.bits={config.quant.bits:g}"] if config.quant.bits is not None else []
     asked += [f"model.dtype={config.model.dtype}"] if config.model.dtype != "auto" else []

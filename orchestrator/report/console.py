@@ -35,7 +35,7 @@ def size(count: float) -> str:
 
 def note(text: str) -> None:
     """One line for the person."""
-    console().print(text, markup=False)
+    console().print(text, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -201,6 +201,9 @@ def _complete(job: _Job, shards: list[Shard], dtype: str) -> list[str]:
 
 
 def _write_all(job: _Job, shards: list[Shard], progress: Progress) -> list[dict[str, Any]]:
+    from orchestrator.stages.merge_tensor import give_memory_back
+
+    give_memory_back()
     total = sum(shard.data_bytes for shard in shards)
     records: list[dict[str, Any]] = []
     done = 0

@@ -45,7 +45,7 @@ def _list(config: Config, store: Store, found: list[Artifact], run: RunFolder) -
     for artifact in found:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(last_used(artifact)))
         source = artifact.manifest["report"].get("source", "")
-        table.add_row(artifact.name, size(artifact.size), str(len(artifact.manifest["files"])), used, str(source))
+        table.add_row(artifact.name, size(artifact.size), str(len(artifact.files)), used, str(source))
     for path in store.partials():
         table.add_row(path.name, size(_bytes(path)), "", "", "unfinished")
     console(sys.stdout).print(table)

@@ -103,7 +103,7 @@ def _turn(session: Session, conversation: Conversation, text: str) -> None:
     try:
         dropped = _shorten(session, conversation, context - room)
         request = make_request(
-            config, session.tokenizer, Prompt(conversation.turns, conversation.messages, {}), context
+            config, session.tokenizer, Prompt(conversation.turns - 1, conversation.messages, {}), context
         )
     except RequestError as error:
         conversation.messages.pop()

@@ -34,13 +34,16 @@ def run(config: Config, folder: RunFolder) -> None:
     if len(open_prompts) < len(prompts):
         note(f"{len(prompts) - len(open_prompts)} of {len(prompts)} prompts are answered already")
     if not open_prompts:
+        answers.finish()
         return
     planned = look(config, planning=False)
     with open_session(planned, folder) as session:
         requests = _requests(session, open_prompts)
         folder.status("answering", prompts=len(prompts))
+        answering = time.monotonic()
         finished = _answer(session, requests, open_prompts, answers)
-        measured = _measured(session, finished, started)
+        answers_s = time.monotonic() - answering
+        measured = _measured(session, finished) | {"answers_s": answers_s, "total_s": time.monotonic() - started}
     answers.finish()
     folder.write("result.json", session.result() | {"measured": measured})
     console().print(result_table(session.chosen, measured))
@@ -144,7 +147,7 @@ def _line(text: str, end: Finished) -> dict[str, Any]:
     }
 
 
-def _measured(session: Session, finished: list[Finished], started: float) -> dict[str, Any]:
+def _measured(session: Session, finished: list[Finished]) -> dict[str, Any]:
     stats = session.engine.stats()
     return {
         "load_s": session.ready.load_s,
@@ -155,7 +158,6 @@ def _measured(session: Session, finished: list[Finished], started: float) -> dic
         # From the start of its prefill: with more prompts than fit in flight, the rest is the queue's time.
         "ttft_s": statistics.median(end.prefill_s for end in finished),
         "placement": session.ready.placement,
-        "total_s": time.monotonic() - started,
     }
 
 

@@ -1,4 +1,4 @@
-"""bitsandbytes and transformers on real GPUs: the commands as a user types them, placement and peaks from result.json."""
+"""bitsandbytes and transformers on real GPUs: commands as typed, placement and peaks from result.json."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def builder(store: Store, log: Path, seconds: float) -> subprocess.Popen[str]:
 
 
 @pytest.fixture
-def killed_builder(store: Store, tmp_path: Path) -> Iterator[None]:
+def killed_builder(store: Store, tmp_path: Path) -> None:
     """A build of Recipe("merge", 1, {}, {}) whose process was killed in its middle."""
     child = builder(store, tmp_path / "log", 60)
     assert child.stdout is not None
@@ -173,7 +173,6 @@ def killed_builder(store: Store, tmp_path: Path) -> Iterator[None]:
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
-    yield
 
 
 def test_two_processes_at_once_build_it_once(store: Store, tmp_path: Path) -> None:

@@ -131,8 +131,8 @@ def test_a_tensor_without_peft_s_prefix(tmp_path, base):
 @pytest.mark.parametrize(
     ("change", "faults"),
     [
-        ({A: torch.ones(4, 4096)}, (f"{Q_PROJ}: the adapter was trained on 4096 inputs, this model has 32", "org/base")),
-        ({B: torch.ones(64, 4)}, (f"{Q_PROJ}: the adapter was trained on 64 outputs, this model has 32", "org/base")),
+        ({A: torch.ones(4, 4096)}, (f"{Q_PROJ}: the adapter was trained on 4096 inputs, this model has 32", "org/")),
+        ({B: torch.ones(64, 4)}, (f"{Q_PROJ}: the adapter was trained on 64 outputs, this model has 32", "org/")),
         ({A: torch.ones(8, 32)}, ("rank 8", "says 4")),
         ({B: torch.ones(32, 2)}, ("rank 2", "says 4")),
         ({A: torch.ones(128)}, ("ZeRO-3", "[128]")),
@@ -188,10 +188,7 @@ def test_modules_to_save(tmp_path, base):
     head = {"base_model.model.lm_head.weight": torch.ones(64, 32)}
     config = {"modules_to_save": ["lm_head"]}
     adapter = open_adapter(write_adapter(tmp_path / "a", adapter_tensors([Q_PROJ]) | head, config=config))
-    assert list(targets(adapter, base)) == ["lm_head.weight", f"{Q_PROJ}.weight"] or set(targets(adapter, base)) == {
-        "lm_head.weight",
-        f"{Q_PROJ}.weight",
-    }
+    assert set(targets(adapter, base)) == {"lm_head.weight", f"{Q_PROJ}.weight"}
     adapter = open_adapter(write_adapter(tmp_path / "b", config=config))
     refused(lambda: targets(adapter, base), "modules_to_save names lm_head")
     resized = {"base_model.model.lm_head.weight": torch.ones(65, 32)}

@@ -186,9 +186,8 @@ def test_weights_and_indexes_are_not_carried(tmp_path):
     folder = write_model(tmp_path, shards=2)
     for name in ("tokenizer.model", "merges.txt", "modeling_x.py", "chat_template.jinja", "training_args.bin"):
         (folder / name).write_bytes(b"x")
-    assert [file.name for file in carried_files(folder)] == [
-        "chat_template.jinja", "generation_config.json", "merges.txt", "modeling_x.py", "tokenizer.json", "tokenizer.model",
-    ]  # fmt: skip
+    carried = "chat_template.jinja generation_config.json merges.txt modeling_x.py tokenizer.json tokenizer.model"
+    assert " ".join(file.name for file in carried_files(folder)) == carried
 
 
 def spec_of(tmp_path, tensors=None, **config):
@@ -263,7 +262,7 @@ def test_a_tied_model_counts_its_head_once(tmp_path):
         open_checkpoint(write_model(tmp_path / "b", tensors, kind="bin", config={"tie_word_embeddings": True}))
     )
     assert alone.tied
-    assert (both.parameters, both.tensors, both.notes) == (alone.parameters, alone.tensors, ())
+    assert (both.parameters, set(both.tensors), both.notes) == (alone.parameters, set(alone.tensors), ())
 
 
 def test_defaults_are_those_of_the_architecture(tmp_path):

@@ -106,6 +106,7 @@ PROMPTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\
 @example("What is 1, 2 = 3?")
 @example("it's \"quoted\" \\ and \\' and \\\\")
 @example("ends with a backslash\\")
+@example("ends with a backslash and a newline\\\n")
 @example("${oc.env:HOME} and \\${x} and ${}")
 @example("{a: 1}")
 @example(" blanks around ")

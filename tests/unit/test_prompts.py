@@ -148,7 +148,7 @@ def test_texts_of_the_command_line(text: Any, texts: list[str]) -> None:
 
 @pytest.mark.parametrize("text", ["", "  ", [], [""]])
 def test_an_empty_text_is_refused(text: Any) -> None:
-    with pytest.raises(RequestError, match="prompts.text holds no prompt"):
+    with pytest.raises(RequestError, match=r"prompts\.text holds no prompt"):
         read(text=text)
 
 

@@ -1,0 +1,207 @@
+import json
+import os
+import stat
+import sys
+
+import psutil
+import pytest
+import safetensors.torch
+import torch
+
+from orchestrator.checkpoint.carry import written_config
+from orchestrator.checkpoint.headers import read_header
+from orchestrator.checkpoint.reader import TensorReader
+from orchestrator.checkpoint.writer import Shard, ShardWriter, plan_shards, write_index
+from orchestrator.errors import CheckpointError, StageError
+from tests.checkpoints import save
+
+
+def planned(*sizes):
+    return plan_shards([(f"t{number}", "U8", (size,)) for number, size in enumerate(sizes)], 10)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [
+        ((3, 4, 3), [[0, 1, 2]]),
+        ((3, 4, 4), [[0, 1], [2]]),
+        ((30, 4), [[0], [1]]),
+        ((4, 30, 4), [[0], [1], [2]]),
+        ((0,), [[0]]),
+        ((10, 0, 10), [[0, 1], [2]]),
+    ],
+)
+def test_shards_are_filled_in_order(sizes, groups):
+    shards = planned(*sizes)
+    assert [[tensor.name for tensor in shard.tensors] for shard in shards] == [
+        [f"t{number}" for number in group] for group in groups
+    ]
+    total = len(groups)
+    names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    assert [shard.name for shard in shards] == (names if total > 1 else ["model.safetensors"])
+
+
+def test_what_is_written_is_what_safetensors_reads(tmp_path):
+    tensors = {
+        "odd": torch.arange(3, dtype=torch.uint8),
+        "wide": torch.randn(2, 3),
+        "brain": torch.randn(5).bfloat16(),
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(1.5, dtype=torch.float64),
+    }
+    dtypes = {"odd": "U8", "wide": "F32", "brain": "BF16", "empty": "F32", "scalar": "F64"}
+    shards = plan_shards([(name, dtypes[name], tuple(tensor.shape)) for name, tensor in tensors.items()], 1000)
+    with ShardWriter(tmp_path, shards[0]) as writer:
+        for planned_tensor in shards[0].tensors:
+            data = tensors[planned_tensor.name].reshape(-1).view(torch.uint8).numpy().tobytes()
+            writer.write(planned_tensor.name, [data[:3], data[3:]])
+        digest = writer.finish()
+    file = tmp_path / "model.safetensors"
+    read = safetensors.torch.load_file(file)
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    with safetensors.safe_open(file, "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    assert len(digest) == 64
+    assert file.stat().st_size == shards[0].file_bytes
+    assert len(shards[0].header) % 8 == 0
+    assert all(info.offset % (info.nbytes // max(info.parameters, 1) or 1) == 0 for info in read_header(file).tensors)
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]
+
+
+def test_a_file_that_is_not_whole_never_gets_its_name(tmp_path):
+    (shard,) = planned(3, 4)
+
+    def write(*tensors):
+        with ShardWriter(tmp_path, shard) as writer:
+            for name, data in tensors:
+                writer.write(name, [data])
+            writer.finish()
+
+    with pytest.raises(StageError, match="t1 was not written"):
+        write(("t0", b"abc"))
+    with pytest.raises(StageError, match="expected t0, was given t1"):
+        write(("t1", b"abcd"))
+    with pytest.raises(StageError, match="has 2 bytes, not 3"):
+        write(("t0", b"ab"))
+    with pytest.raises(StageError, match="expected the end, was given t0"):
+        write(("t0", b"abc"), ("t1", b"abcd"), ("t0", b"abc"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_format_s_own_name_is_refused():
+    with pytest.raises(StageError, match="__metadata__"):
+        plan_shards([("__metadata__", "U8", (1,))], 10)
+
+
+def test_the_index_covers_several_shards_and_a_stale_one_goes(tmp_path):
+    write_index(tmp_path, planned(6, 6))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 12}
+    assert index["weight_map"] == {
+        "t0": "model-00001-of-00002.safetensors",
+        "t1": "model-00002-of-00002.safetensors",
+    }
+    write_index(tmp_path, planned(6))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_the_reader_s_ways_agree(tmp_path, suffix):
+    tensor = torch.randn(7, 5).bfloat16()
+    file = tmp_path / f"a{suffix}"
+    save(file, {"a": tensor, "b": torch.ones(3)})
+    info = next(info for info in read_header(file).tensors if info.name == "a")
+    with TensorReader() as reader:
+        assert torch.equal(reader.read(info), tensor)
+        pieces = list(reader.rows(info, 25))
+        assert [start for start, _ in pieces] == [0, 2, 4, 6]
+        assert torch.equal(torch.cat([rows for _, rows in pieces]), tensor)
+        raw = reader.raw(info)
+        again = reader.raw(info)
+        assert raw == again == tensor.view(torch.uint8).numpy().tobytes()
+        assert raw.readonly
+
+
+def test_raw_bytes_of_a_strided_tensor_are_refused_and_its_data_are_not(tmp_path):
+    file = tmp_path / "a.bin"
+    tensor = torch.arange(12.0).view(3, 4).t()
+    save(file, {"a": tensor})
+    (info,) = read_header(file).tensors
+    with TensorReader() as reader:
+        with pytest.raises(CheckpointError, match="not contiguous"):
+            reader.raw(info)
+        assert bytes(memoryview(reader.data(info)).cast("B")) == tensor.contiguous().numpy().tobytes()
+
+
+def test_a_file_that_shrinks_or_goes_is_an_error(tmp_path):
+    file = tmp_path / "a.safetensors"
+    save(file, {"a": torch.zeros(100)})
+    (info,) = read_header(file).tensors
+    os.truncate(file, 300)
+    with TensorReader() as reader, pytest.raises(CheckpointError, match="shorter"):
+        reader.read(info)
+    file.unlink()
+    with TensorReader() as reader, pytest.raises(CheckpointError, match="cannot be read"):
+        reader.read(info)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back by madvise")
+def test_memory_stays_flat_while_a_big_file_is_walked(tmp_path):
+    file = tmp_path / "a.safetensors"
+    save(file, {f"t{number}": torch.zeros(2**21) for number in range(16)})  # 16 of 8 MiB
+    infos = read_header(file).tensors
+    process = psutil.Process()
+    with TensorReader() as reader:
+        reader.read(infos[0])
+        before, most = process.memory_info().rss, 0
+        for info in infos:
+            reader.read(info)
+            bytes(reader.raw(info)[::4096])
+            most = max(most, process.memory_info().rss)
+    assert most - before < 40 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("source", "added"),
+    [
+        ({"rope_theta": 5e5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        (
+            {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            {"rope_theta": 1e6, "rope_scaling": None},
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}},
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}},
+            {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, {}),
+        ({"rope_scaling": {"type": "linear"}}, {}),
+        ({}, {}),
+    ],
+)
+def test_both_forms_of_the_rope_keys_are_written(source, added):
+    assert written_config(source, "float16") == {**source, **added}
+
+
+def test_only_the_dtype_keys_that_are_there_are_set():
+    assert written_config({"torch_dtype": "float32"}, "float16") == {"torch_dtype": "float16"}
+    assert written_config({"torch_dtype": "a", "dtype": "b"}, "float16") == {
+        "torch_dtype": "float16",
+        "dtype": "float16",
+    }
+    assert written_config({"x": 1}, "float16") == {"x": 1}
+
+
+def test_a_shard_is_plain_data():
+    assert planned(3) == [Shard("model.safetensors", planned(3)[0].tensors)]

@@ -1,0 +1,55 @@
+"""Help, a mistake and a plan answer at once: they load no framework."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_models
+
+ROOT = Path(__file__).parents[2]
+ENGINES = {"torch", "transformers", "bitsandbytes", "accelerate", "tokenizers", "safetensors"}
+SCRIPT = """
+import json, sys
+from orchestrator.app import main
+try:
+    code = main(json.loads(sys.argv.pop()))
+except SystemExit as end:
+    code = end.code
+print(json.dumps([code, sorted({name.partition(".")[0] for name in sys.modules})]))
+"""
+
+
+def modules_after(folder: Path, *argv: str) -> tuple[int, set[str]]:
+    """The exit code of a command line, and the packages that it has imported."""
+    command = [sys.executable, "-c", SCRIPT, json.dumps(argv)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+    code, modules = json.loads(done.stdout.splitlines()[-1])
+    return code, set(modules)
+
+
+@pytest.mark.parametrize(("argv", "expected"), [(["--help"], 0), (["quant.bitz=4"], 2), (["hardware=4x24"], 2)])
+def test_help_and_mistakes_load_next_to_nothing(tmp_path: Path, argv: list[str], expected: int) -> None:
+    code, modules = modules_after(tmp_path, *argv)
+    assert (code or 0) == expected
+    assert not modules & (ENGINES | {"rich", "pynvml"})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("hardware", ["auto", "cpu", "4x24gb"])
+def test_a_plan_loads_no_engine(tmp_path: Path, hardware: str) -> None:
+    model = small_models.write_headers(tmp_path / "model", small_models.Llama())
+    code, modules = modules_after(tmp_path, "task=plan", f"model.path={model}", f"hardware={hardware}")
+    assert code == 0
+    assert not modules & ENGINES
+
+
+def test_a_checkpoint_that_is_refused_loads_no_engine(tmp_path: Path) -> None:
+    code, modules = modules_after(tmp_path, f"model.path={tmp_path}", "prompts.text=hi")
+    assert code == 2
+    assert not modules & ENGINES
