@@ -33,7 +33,9 @@ def embedded() -> str:
     """Perplexity and KL of the embedded model, per width, with and without the adapter."""
     result = json.loads((RESULTS / "embedded_quality.json").read_text())
     rows = []
-    cells: dict[tuple[str, bool, str], dict[str, Any]] = {(r["way"], r["adapter"], r["data"]): r for r in result["rows"]}
+    cells: dict[tuple[str, bool, str], dict[str, Any]] = {
+        (r["way"], r["adapter"], r["data"]): r for r in result["rows"]
+    }
     for way in dict.fromkeys(row["way"] for row in result["rows"]):
         line = [way]
         for adapter, data in ((False, "text"), (True, "text"), (True, "questions")):

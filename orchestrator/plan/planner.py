@@ -99,6 +99,8 @@ def _asks(config: Config, hardware: Hardware) -> Iterator[Ask]:
     for backend in BACKENDS.values():
         if config.backend.name not in ("auto", backend.name) or not set_keys <= backend.keys:
             continue
+        if config.backend.name == "auto" and hardware.device not in backend.automatic and not set_keys:
+            continue
         for method, bits in _widths(config, backend, hardware):
             dtype = _dtype(config, method, bits, hardware)
             if dtype is None:
@@ -163,9 +165,7 @@ def _estimate(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> 
 
 
 def _rank(candidate: Candidate, goal: int) -> tuple[float, ...]:
-    backend = BACKENDS[candidate.backend]
-    speeds = backend.speed if candidate.gpus else backend.cpu_speed or backend.speed
-    speed = speeds.get(candidate.method, 0.0)
+    speed = BACKENDS[candidate.backend].speed.get(candidate.method, 0.0)
     short = candidate.max_context < goal
     need = sum(device.total for device in candidate.devices)
     if not candidate.fits:  # nearest to fitting first

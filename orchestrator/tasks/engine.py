@@ -84,7 +84,11 @@ def _make(made: Path, pins: Pins, run: RunFolder) -> None:
 
 def install_command(pins: Pins, python: Path, uv: str | None) -> list[str]:
     """The command that installs a pinned list into an interpreter."""
-    installer = [str(python), "-m", "pip", "install"] if uv is None else [uv, "pip", "install", "--python", str(python)]
+    if uv is None:
+        # Python compiles what it imports: for the thousands of files of a large engine pip takes a minute.
+        installer = [str(python), "-m", "pip", "install", "--no-compile"]
+    else:
+        installer = [uv, "pip", "install", "--python", str(python)]
     return [*installer, *(["--no-deps"] if pins.no_deps else []), "-r", str(pins.path)]
 
 

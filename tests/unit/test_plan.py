@@ -284,7 +284,7 @@ def test_a_plan_that_fits_overfills_no_card(
 
 def test_indexes_of_chosen_cards_are_kept(specs: dict[Llama, ModelSpec]) -> None:
     hardware = cards(4)
-    chosen = best(specs[SMALL], Hardware("auto", hardware.gpus[2:3], GIB * 64, GIB * 64, 8))
+    chosen = best(specs[SMALL], Hardware("auto", hardware.gpus[2:3], GIB * 64, GIB * 64, 8), "backend=transformers")
     assert chosen.device_map == {"": "cuda:2"}
 
 
@@ -338,7 +338,7 @@ def test_a_plan_that_fits_is_let_through(specs: dict[Llama, ModelSpec]) -> None:
 @pytest.mark.parametrize(
     ("shape", "hardware", "argv"),
     [
-        (LLAMA_7B, cards(1), ["quant.bits=16", "model.max_context=4096", "run.in_flight=8"]),
+        (LLAMA_7B, cards(1), ["backend=transformers", "quant.bits=16", "model.max_context=4096", "run.in_flight=8"]),
         (LLAMA_7B, cards(1), ["quant.bits=32"]),
         (LLAMA_7B, cards(1, 8), ["quant=nf4", "model.max_context=4096", "run.in_flight=8"]),
         (LLAMA_7B, cards(1, 7), ["quant=int8"]),
