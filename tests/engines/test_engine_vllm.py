@@ -262,6 +262,8 @@ def test_a_death_in_the_middle_is_an_error_and_leaves_no_orphans(session: Sessio
     family = [child, *child.children(recursive=True)]
     workers = [p for p in family if "Worker" in p.name()]
     assert len(workers) == width, [p.name() for p in family]
+    mapped = {m.path for p in family for m in p.memory_maps() if m.path.startswith("/dev/shm/")}
+    assert mapped
     process.submit(long_answer("a", 1, 1000))
     while not process.events():
         pass
@@ -274,3 +276,4 @@ def test_a_death_in_the_middle_is_an_error_and_leaves_no_orphans(session: Sessio
     assert ("Worker_TP1 has ended" if width == 2 else "SIGKILL") in caught.value.message
     _, alive = psutil.wait_procs(family, timeout=DEATH_S)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    assert not [path for path in mapped if Path(path).exists()]
