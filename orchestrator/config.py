@@ -274,6 +274,8 @@ def _check_numbers(config: Config) -> Iterator[str]:
         "hardware.memory_gib": (0.1, 4096, "0.1 to 4096 GiB"),
         "hardware.reserve_gib": (0, 4096, "0 to 4096 GiB"),
         "run.in_flight": (1, 1024, "1 to 1024 prompts"),
+        "parallel.tensor": (1, 1024, "at least 1 rank"),
+        "parallel.pipeline": (1, 1024, "at least 1 stage"),
         "artifacts.unused_days": (0, 36500, "0 days or more"),
     }
     for key, (low, high, meaning) in ranges.items():
@@ -299,6 +301,10 @@ def _check_engine_keys(config: Config) -> Iterator[str]:
             yield f"{key} is not a setting of backend={name} ({_who(able)})"
         elif not able:
             yield f"{key} is set, and no backend of this version takes it"
+    widths = BACKENDS[name].cache_bits if name != "auto" else ()
+    if widths and config.cache.bits not in (None, *widths):
+        known = " or ".join(map(str, widths))
+        yield f"cache.bits={config.cache.bits} is not a width of backend={name}, which has {known}"
     if name != "auto" and config.quant.method not in ("auto", *BACKENDS[name].methods):
         able = [b.name for b in BACKENDS.values() if config.quant.method in b.methods]
         methods = ", ".join(BACKENDS[name].methods)

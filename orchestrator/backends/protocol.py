@@ -24,6 +24,7 @@ class LoadPlan:
     device_map: dict[str, str]  # module path ("" is the whole model) -> "cpu", "cuda:0", ...
     weights: dict[str, int]  # device -> bytes of weights that the plan puts there
     memory: dict[str, int] = field(default_factory=dict)  # device -> bytes that this process may take there
+    kv_cache: dict[str, int] = field(default_factory=dict)  # device -> bytes of KV cache that the plan puts there
     double_quant: bool = False
     cache_bits: int = 16
     tensor_parallel: int = 1

@@ -44,8 +44,10 @@ class Backend:
         devices: where it runs, best first.
         keys: the engine-specific keys of the configuration that it understands.
         packages: what has to be importable in its interpreter.
-        extra: the extra of our own package that installs them.
+        extra: the extra of our own package that installs them; empty where only task=engine does.
         speed: method -> expected decode speed relative to the others (only the order matters).
+        cpu_speed: the same on a CPU, where it differs.
+        cache_bits: widths of the KV cache, for engines that have the key `cache.bits`.
         stages: "module:function" of the stages that turn merged safetensors into what it loads (see pipeline).
     """
 
@@ -58,6 +60,8 @@ class Backend:
     extra: str
     speed: dict[str, float]
     keys: frozenset[str] = field(default_factory=frozenset)
+    cpu_speed: dict[str, float] | None = None
+    cache_bits: tuple[int, ...] = ()
     stages: tuple[str, ...] = ()
 
 
@@ -84,6 +88,20 @@ BACKENDS: dict[str, Backend] = {
             packages=("torch", "transformers", "accelerate"),
             extra="transformers",
             speed={"none": 1.2},
+        ),
+        Backend(
+            name="vllm",
+            adapter="orchestrator.backends.vllm:VllmEngine",
+            memory="orchestrator.plan.vllm:estimate",
+            methods={"none": (16.0, 32.0)},
+            devices=("cuda", "cpu"),
+            packages=("vllm",),
+            extra="",  # its pins collide with ours: it lives in an interpreter of its own
+            speed={"none": 4.0},
+            # Faster there too, but it takes half a minute to start: on a CPU it is for who asks for it.
+            cpu_speed={"none": 0.1},
+            keys=frozenset({"parallel.tensor", "parallel.pipeline", "cache.bits"}),
+            cache_bits=(16, 8),
         ),
     )
 }

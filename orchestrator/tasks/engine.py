@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from orchestrator.artifacts import digest
 from orchestrator.config import Config, did_you_mean, folder
-from orchestrator.engine.interpreters import MANIFEST, backends_of, interpreter, known, pins_folder
+from orchestrator.engine.interpreters import MANIFEST, Pins, backends_of, interpreter, known
 from orchestrator.errors import ConfigError, EngineUnavailableError, RequestError, StageError
 from orchestrator.report.console import console, note
 from orchestrator.runfolder import RunFolder, write_json
@@ -36,7 +36,7 @@ def engine(config: Config, run: RunFolder) -> None:
     if name not in known():
         raise ConfigError(f"engine.name={name} is not one of {', '.join(known())}", did_you_mean(name, known()))
     made = folder(config.paths.engines) / name
-    pins = pins_folder() / f"{name}.txt"
+    pins = Pins.read(name)
     try:
         made.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(made.parent / f".{name}.lock"):
@@ -52,32 +52,60 @@ def engine(config: Config, run: RunFolder) -> None:
     run.write("result.json", {"engine": name, "python": str(made / "bin" / "python"), "built": built})
 
 
-def _up_to_date(made: Path, pins: Path) -> bool:
+def _up_to_date(made: Path, pins: Pins) -> bool:
     import json
 
     try:
         manifest = json.loads((made / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return bool(manifest.get("pins") == digest(pins))
+    return bool(manifest.get("pins") == digest(pins.path))
 
 
-def _make(made: Path, pins: Path, run: RunFolder) -> None:
+def _make(made: Path, pins: Pins, run: RunFolder) -> None:
     """A virtual environment is not relocatable, so it is made in its place; the manifest at the end makes it valid."""
     started = time.monotonic()
     shutil.rmtree(made, ignore_errors=True)
     uv = shutil.which("uv")
+    name = pins.path.stem
     python = made / "bin" / "python"
-    note(f"making an interpreter in {made} from {pins.name} (minutes; its log is {run.path / 'install.log'})")
-    if uv is None:
-        _run([sys.executable, "-m", "venv", str(made)], run)
-        _run([str(python), "-m", "pip", "install", "-r", str(pins)], run)
-    else:
-        _run([uv, "venv", "--python", sys.executable, str(made)], run)
-        _run([uv, "pip", "install", "--python", str(python), "-r", str(pins)], run)
-    _check(pins.stem, python)
+    note(f"making an interpreter in {made} from {pins.path.name} (minutes; its log is {run.path / 'install.log'})")
+    _run(
+        [sys.executable, "-m", "venv", str(made)]
+        if uv is None
+        else [uv, "venv", "--python", sys.executable, str(made)],
+        run,
+    )
+    _install(install_command(pins, python, uv), pins, uv, run)
+    _check(name, python)
     seconds = round(time.monotonic() - started, 1)
-    write_json(made / MANIFEST, {"name": pins.stem, "pins": digest(pins), "seconds": seconds})
+    write_json(made / MANIFEST, {"name": name, "pins": digest(pins.path), "seconds": seconds})
+
+
+def install_command(pins: Pins, python: Path, uv: str | None) -> list[str]:
+    """The command that installs a pinned list into an interpreter."""
+    installer = [str(python), "-m", "pip", "install"] if uv is None else [uv, "pip", "install", "--python", str(python)]
+    return [*installer, *(["--no-deps"] if pins.no_deps else []), "-r", str(pins.path)]
+
+
+def fallback_options(pins: Pins, uv: str | None) -> list[str]:
+    """What to add to the command where the usual indexes lack something; empty where nothing helps."""
+    if pins.fallback_index is None:
+        return []
+    # uv takes a package from the first index that has any version of it, unless told otherwise.
+    strategy = [] if uv is None else ["--index-strategy", "unsafe-best-match"]
+    return ["--extra-index-url", pins.fallback_index, *strategy]
+
+
+def _install(command: list[str], pins: Pins, uv: str | None, run: RunFolder) -> None:
+    more = fallback_options(pins, uv)
+    try:
+        _run(command, run)
+    except StageError:
+        if not more:
+            raise
+        note(f"the usual package indexes do not have all of it: once more with {pins.fallback_index}")
+        _run([*command, *more], run)
 
 
 def _run(command: list[str], run: RunFolder) -> None:
@@ -91,18 +119,12 @@ def _run(command: list[str], run: RunFolder) -> None:
 
 
 def _check(name: str, python: Path) -> None:
-    packages = sorted({package for backend in backends_of(name) for package in backend.packages if package})
-    wanted = [p for p in packages if p in pins_of(name)]
-    done = subprocess.run([python, "-c", f"import {', '.join(wanted)}"], capture_output=True, text=True)
+    """Imports what its backends need: a package can be there and broken by another one."""
+    packages = sorted({package for backend in backends_of(name) for package in backend.packages})
+    done = subprocess.run([python, "-c", f"import {', '.join(packages)}"], capture_output=True, text=True)
     if done.returncode:
         words = done.stderr.strip().splitlines()[-1]
         raise EngineUnavailableError(f"{name} was installed and cannot be imported: {words}")
-
-
-def pins_of(name: str) -> set[str]:
-    """The package names in a pinned list."""
-    lines = (pins_folder() / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-    return {line.partition("==")[0].strip() for line in lines if line.strip() and not line.startswith("#")}
 
 
 def _list(config: Config) -> None:
@@ -113,7 +135,7 @@ def _list(config: Config) -> None:
         table.add_column(column, overflow="fold")
     for name in known():
         made = folder(config.paths.engines) / name
-        state = "made" if _up_to_date(made, pins_folder() / f"{name}.txt") else "not made"
+        state = "made" if _up_to_date(made, Pins.read(name)) else "not made"
         backends = backends_of(name)
         here = [b.name for b in backends if interpreter(b, config, "cpu") == sys.executable]
         if here and state == "not made":

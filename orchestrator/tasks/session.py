@@ -141,6 +141,7 @@ def load_plan(planned: Planned, chosen: Candidate, model: Path) -> LoadPlan:
         device_map=chosen.device_map,
         weights=chosen.weights,
         memory={gpu.device: gpu.capacity for gpu in chosen.gpus},
+        kv_cache={device.device: device.kv_cache for device in chosen.devices if device.kv_cache},
         cache_bits=chosen.cache_bits,
         double_quant=chosen.double_quant,
         tensor_parallel=chosen.tensor_parallel,

