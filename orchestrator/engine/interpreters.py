@@ -21,6 +21,7 @@ ENVIRONMENTS: dict[tuple[str, str], str] = {
     ("bitsandbytes", "cuda"): "bitsandbytes",
     ("transformers", "cpu"): "transformers",
     ("transformers", "cuda"): "transformers",
+    ("exllamav2", "cuda"): "exllamav2",
 }
 
 
