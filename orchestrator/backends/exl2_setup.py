@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 
 MIB = 2**20
@@ -66,7 +67,7 @@ def _flash_attention() -> tuple[str, bool]:
     try:
         flash = importlib.import_module("flash_attn")
         importlib.import_module("flash_attn_2_cuda")
-        version = tuple(int(part) for part in str(flash.__version__).split(".")[:3] if part.isdigit())
+        version = tuple(int(part) for part in re.findall(r"\d+", str(flash.__version__))[:3])
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed", False
     except (ImportError, OSError, AttributeError) as error:  # built for another torch or CUDA

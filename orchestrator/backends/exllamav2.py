@@ -144,7 +144,7 @@ class ExLlamaV2Engine:
 
         tokenizer = ExLlamaV2Tokenizer(config)
         inner = tokenizer.tokenizer_model.hf_tokenizer
-        self._decode = lambda tokens: str(inner.decode(tokens, skip_special_tokens=True))
+        self._decode = _remembering(lambda tokens: str(inner.decode(tokens, skip_special_tokens=True)))
         self._ends = end_tokens(Path(self._plan.model), inner.token_to_id)
         self._vocabulary = config.vocab_size
         at_once = 1 if self._unpaged else min(self._plan.max_in_flight, config.max_input_len // _QUERY)
@@ -164,10 +164,11 @@ class ExLlamaV2Engine:
 
     def versions(self) -> dict[str, str]:
         """Of Python, CUDA, the packages, and which generator answers."""
-        found = installed(_PACKAGES)
-        kind = f"unpaged, one at a time ({self._unpaged})" if self._unpaged else "paged"
-        flash = f" (flash-attn {found['flash-attn']})" if "flash-attn" in found and not self._unpaged else ""
-        return found | {"generator": f"{kind}{flash}"}
+        if self._unpaged:
+            return installed(_PACKAGES) | {"generator": f"unpaged, one at a time ({self._unpaged})"}
+        import flash_attn
+
+        return installed(_PACKAGES) | {"generator": f"paged (flash-attn {flash_attn.__version__})"}
 
     def submit(self, request: Request) -> None:
         """Queues a request; one that cannot be answered gets its Failed from the next `events`."""
@@ -333,6 +334,21 @@ def _settings(request: Request) -> Any:
         top_k=0,
         token_repetition_penalty=1.0,
     )
+
+
+def _remembering(decode: Callable[[list[int]], str]) -> Callable[[list[int]], str]:
+    """`decode` that does a single token once: half of what a stream of tokens asks for, between two steps of a GPU."""
+    single: dict[int, str] = {}
+
+    def remembered(tokens: list[int]) -> str:
+        if len(tokens) != 1:
+            return decode(tokens)
+        text = single.get(tokens[0])
+        if text is None:
+            text = single[tokens[0]] = decode(tokens)
+        return text
+
+    return remembered
 
 
 def _tokens(part: dict[str, Any]) -> list[int]:
