@@ -139,7 +139,7 @@ class PathsConfig:
 @dataclass
 class RunConfig:
     resume: str | None = None  # a run folder to continue
-    in_flight: int = 4  # prompts answered at a time
+    in_flight: int | None = None  # prompts answered at a time; unset: 4, or fewer where that keeps the context
 
 
 @dataclass

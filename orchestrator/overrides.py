@@ -115,7 +115,7 @@ def _quoted(key: str, value: str) -> str:
     # end the string, and backslashes count before it and at the end.
     value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)
     value = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", value)
-    value = re.sub(r"(\\+)$", lambda found: found[1] * 2, value)
+    value = re.sub(r"(\\+)\Z", lambda found: found[1] * 2, value)
     return f"'{value}'"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ from orchestrator.plan.types import Ask, Candidate, Plan
 
 GIB = 2**30
 GOAL_CONTEXT = 4096  # tokens that a plan tries to keep where none were asked for
+IN_FLIGHT = (4, 2, 1)  # sequences at a time, where they were not asked for: fewer before a shorter context
+CONTEXT_STEP = 512  # contexts below the goal count by such steps: a few tokens more are worth no precision
 
 
 def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
@@ -38,8 +41,7 @@ def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
     if not asks:
         raise ConfigError(_nothing_matches(config))
     candidates = [_estimate(config, spec, hardware, ask) for ask in asks]
-    goal = config.model.max_context or min(GOAL_CONTEXT, spec.max_context)
-    candidates.sort(key=lambda c: _rank(c, goal))
+    candidates.sort(key=lambda c: _rank(c, _goal(config, spec)))
     return Plan(candidates[0], tuple(candidates), (*spec.notes, *hardware.notes))
 
 
@@ -111,7 +113,7 @@ def _asks(config: Config, hardware: Hardware) -> Iterator[Ask]:
                 double_quant=bool(config.quant.double) and method in ("nf4", "fp4"),
                 max_context=config.model.max_context,
                 goal=GOAL_CONTEXT,
-                max_in_flight=config.run.in_flight,
+                max_in_flight=config.run.in_flight or IN_FLIGHT[0],
                 settings={key: get(config, key) for key in set_keys},
             )
 
@@ -156,19 +158,30 @@ def _dtype(config: Config, method: str, bits: float, hardware: Hardware) -> str 
 
 
 def _estimate(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
+    """One combination's candidate: with the most sequences in flight that leave room for the context."""
     backend = BACKENDS[ask.backend]
     module, function = backend.memory.split(":")
-    candidate: Candidate = getattr(importlib.import_module(module), function)(spec, hardware, ask)
+    estimate = getattr(importlib.import_module(module), function)
+    goal = _goal(config, spec)
+    candidate: Candidate
+    for in_flight in (ask.max_in_flight,) if config.run.in_flight else IN_FLIGHT:
+        candidate = estimate(spec, hardware, replace(ask, max_in_flight=in_flight))
+        if candidate.fits and candidate.max_context >= goal:
+            break
     return replace(candidate, installed=interpreter(backend, config, hardware.device) is not None)
+
+
+def _goal(config: Config, spec: ModelSpec) -> int:
+    """Tokens of context to reach."""
+    return config.model.max_context or min(GOAL_CONTEXT, spec.max_context)
 
 
 def _rank(candidate: Candidate, goal: int) -> tuple[float, ...]:
     speed = BACKENDS[candidate.backend].speed.get(candidate.method, 0.0)
-    short = candidate.max_context < goal
-    need = sum(device.total for device in candidate.devices)
     if not candidate.fits:  # nearest to fitting first
-        return (1, need)
-    return (0, short, METHODS[candidate.method].loss, -candidate.bits, -speed, not candidate.installed)
+        return (1, sum(device.total for device in candidate.devices))
+    steps = math.ceil(max(0, goal - candidate.max_context) / CONTEXT_STEP)
+    return (0, steps, METHODS[candidate.method].loss, -candidate.bits, -speed, not candidate.installed)
 
 
 def _nothing_matches(config: Config) -> str:
@@ -189,7 +202,7 @@ def _ways_out(config: Config, spec: ModelSpec, hardware: Hardware, plan: Plan) -
     """What would fit, cheapest change first, each with its number."""
     short = replace(plan.chosen, max_context=0)
     tries: list[tuple[str, Config]] = []
-    if config.run.in_flight > 1:
+    if (config.run.in_flight or 1) > 1:
         tries.append(("run.in_flight=1", _changed(config, in_flight=1)))
     if config.model.max_context is not None:
         tries.append(("a shorter model.max_context", _changed(config, context=True)))

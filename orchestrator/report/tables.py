@@ -91,6 +91,7 @@ def result_table(plan: Candidate, measured: dict[str, Any]) -> Table:
         ("time to first token (median)", "ttft_s", "s"),
         ("prefill", "prefill_tokens_per_s", "tokens/s"),
         ("decode", "decode_tokens_per_s", "tokens/s"),
+        ("answers", "answers_s", "s"),
         ("whole run", "total_s", "s"),
     )
     for label, key, unit in rows:

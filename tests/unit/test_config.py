@@ -62,6 +62,8 @@ def test_there_is_a_choice_for_every_backend_and_task() -> None:
         (["model.max_context=8"], "model.max_context=8"),
         (["hardware.memory_gib=0"], "hardware.memory_gib=0"),
         (["hardware.reserve_gib=-1"], "hardware.reserve_gib=-1"),
+        (["hardware.profile=4x24gb"], "hardware=4x24gb"),
+        (["hardware=4x24gb", "hardware.cards=0"], "hardware.cards=0"),
         (["convert.shard_size=big"], "500MB"),
         (["model.dtype=fp16"], "float16"),
         (["quant.method=awq"], "nf4"),

@@ -98,6 +98,12 @@ def test_without_gpus_the_reserve_is_the_hosts(monkeypatch: pytest.MonkeyPatch) 
     assert found("hardware.reserve_gib=100").host_available == 0
 
 
+def test_without_gpus_the_cap_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch)
+    assert found("hardware.memory_gib=4").host_available == 4 * GIB
+    assert found("hardware.memory_gib=100").host_available == 32 * GIB
+
+
 def test_chosen_gpus_keep_their_indexes(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 80, 40, 24)
     assert [gpu.index for gpu in found("hardware.gpus=[2,0]").gpus] == [2, 0]

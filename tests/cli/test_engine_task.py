@@ -1,0 +1,46 @@
+"""task=engine: an interpreter of its own, made from the pinned list, really runs the engine."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from commands import Orchestrator
+
+from orchestrator.engine.interpreters import MANIFEST
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_interpreter_is_made_once_and_runs_the_engine(orchestrator: Orchestrator) -> None:
+    engines = orchestrator.folder / "engines"
+    make = ["task=engine", "engine.name=transformers", f"paths.engines={engines}"]
+    made = orchestrator(*make, timeout=800)
+    assert made.code == 0, made.err
+    assert made.json("result.json")["built"] is True
+    again = orchestrator(*make)
+    assert again.json("result.json")["built"] is False
+
+    python = engines / "transformers" / "bin" / "python"
+    run = orchestrator("backend=transformers", f"backend.python={python}", "prompts.text=What does len do?")
+    assert run.code == 0, run.err
+    assert run.answers[0]["answer"].strip()
+
+    (engines / "transformers" / MANIFEST).unlink()  # as a kill in the middle of the installation leaves it
+    shutil.rmtree(engines / "transformers" / "bin")
+    listed = orchestrator("task=engine", f"paths.engines={engines}")
+    assert "transformers" in listed.out
+    assert " made " not in listed.out.split("transformers")[1].split("\n")[0]
+
+
+def test_an_installation_that_fails_says_why_and_leaves_nothing_that_counts(
+    orchestrator: Orchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"PIP_NO_INDEX": "1", "UV_NO_INDEX": "1", "UV_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("UV_CACHE_DIR", str(orchestrator.folder / "cache"))
+    engines = orchestrator.folder / "engines"
+    done = orchestrator("task=engine", "engine.name=transformers", f"paths.engines={engines}")
+    assert done.code == 1
+    assert "installation failed" in done.error
+    assert not (engines / "transformers" / MANIFEST).exists()

@@ -1,0 +1,107 @@
+"""Writes the measured tables of the README from benchmarks/results/. usage: readme_tables.py [--check]"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+MIB = 2**20
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column to the left, numbers to the right."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
+
+
+def environment(result: dict[str, Any]) -> str:
+    """The line under a table that says where it was measured."""
+    env = result["environment"]
+    machine = ", ".join(env["gpus"]) or f"{env['cpu']}, {env['cpus']} cores, no GPU"
+    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    return f"{machine}; Python {env['python']}, {versions}; {env['when']}."
+
+
+def embedded() -> str:
+    """Perplexity and KL of the embedded model, per width, with and without the adapter."""
+    result = json.loads((RESULTS / "embedded_quality.json").read_text())
+    rows = []
+    cells: dict[tuple[str, bool, str], dict[str, Any]] = {
+        (r["way"], r["adapter"], r["data"]): r for r in result["rows"]
+    }
+    for way in dict.fromkeys(row["way"] for row in result["rows"]):
+        line = [way]
+        for adapter, data in ((False, "text"), (True, "text"), (True, "questions")):
+            row = cells[way, adapter, data]
+            line += [f"{row['perplexity']:.2f}", f"{row['kl_mean']:.2g}", f"{row['top1_agreement']:.1%}"]
+        rows.append(line)
+    head = ["weights", "base, text: perplexity", "KL", "top-1"]
+    head += ["with adapter, text: perplexity", "KL", "top-1", "with adapter, questions: perplexity", "KL", "top-1"]
+    tokens = {row["data"]: row["tokens"] for row in result["rows"]}
+    return (
+        f"Held-out text ({tokens['text']:,} tokens) and held-out conversations ({tokens['questions']:,} tokens), "
+        f"teacher-forced through our own engines; KL in nats per token and top-1 agreement against float32. The model "
+        f"is far too small to rank 4-bit methods: this shows that the ways are right.\n\n{table(head, rows)}\n\n"
+        f"`benchmarks/embedded_quality.py`: {environment(result)}"
+    )
+
+
+def measured() -> str:
+    """What the light commands take, and what a merge takes of memory."""
+    start = json.loads((RESULTS / "startup.json").read_text())
+    rows = [[f"`{name}`", f"{value:.2f} s"] for name, value in start["median_s"].items()]
+    rows.append(["(for comparison) `import torch`", f"{start['import_torch_median_s']:.2f} s"])
+    merge = json.loads((RESULTS / "merge_memory.json").read_text())
+    merged = [
+        [
+            str(row["layers"]),
+            f"{row['base_bytes'] / 10**9:.2f} GB",
+            f"{row['peak_resident'] / MIB:.0f} MiB",
+            f"{row['peak_anonymous'] / MIB:.0f} MiB",
+        ]
+        for row in merge["rows"]
+    ]
+    return (
+        f"Light commands, whole processes, median of {start['rounds']}:\n\n{table(['command', 'time'], rows)}\n\n"
+        f"`benchmarks/startup.py`: {environment(start)}\n\n"
+        "Memory of a merge (rank 16 on every linear, sharded `.bin` in float16), four times the layers:\n\n"
+        f"{table(['layers', 'base', 'peak resident', 'of it anonymous'], merged)}\n\n"
+        f"`benchmarks/merge_memory.py`: {environment(merge)}"
+    )
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"embedded": embedded, "measured": measured}
+
+
+def rendered(text: str) -> str:
+    """The README with every measured section as the results have it.
+
+    Raises:
+        SystemExit: a section's markers are missing.
+    """
+    for name, section in SECTIONS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no <!-- {name} --> section")
+        body = section()
+        text = pattern.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text)  # type: ignore[misc]
+    return text
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    new = rendered(text)
+    if "--check" in sys.argv:
+        sys.exit(0 if new == text else "README.md is not what benchmarks/results say: run tools/readme_tables.py")
+    README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
