@@ -31,9 +31,8 @@ def create_app(model: ServedModel, broker: Broker, api_key: str | None) -> FastA
     """The application. The broker has to be started on the event loop that serves it."""
     # Nothing is reported to anybody, also where the environment would set that up.
     silent: Any = {"tracing": False, "metrics": False, "logs": False}
-    app = FastAPI(openapi_url=None, telemetry=silent, max_body_size=MAX_BODY)
-    if api_key is not None:
-        app.add_middleware(RequireKey, key=api_key)
+    app = FastAPI(openapi_url=None, telemetry=silent)
+    app.add_middleware(Gate, key=api_key)
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
 
@@ -50,11 +49,11 @@ def create_app(model: ServedModel, broker: Broker, api_key: str | None) -> FastA
         served = {"id": model.name, "object": "model", "created": created, "owned_by": "orchestrator"}
         return {"object": "list", "data": [{**served, "max_model_len": model.max_context}]}
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", max_body_size=MAX_BODY)
     async def chat(body: ChatRequest, http: Request) -> Response:
         return await answer(body, http)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", max_body_size=MAX_BODY)
     async def complete(body: CompletionRequest, http: Request) -> Response:
         return await answer(body, http)
 
@@ -125,22 +124,27 @@ async def _events(ticket: Ticket, reply: Reply) -> AsyncIterator[str]:
         yield sse(body_of(error))
 
 
-class RequireKey:
-    """Refuses what comes without the key, before its body is read. /health is open."""
+class Gate:
+    """Refuses what comes without the key, or is far too long, before its body is read. /health is open."""
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
+    def __init__(self, app: ASGIApp, key: str | None) -> None:
         self._app = app
-        self._expected = f"Bearer {key}".encode()
+        self._expected = None if key is None else f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
-                message = "the API key is wrong or missing; send the header Authorization: Bearer KEY"
-                refusal = _error(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-                await refusal(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        refusal = self._refusal(scope) if scope["type"] == "http" and scope["path"] != "/health" else None
+        await (refusal or self._app)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        headers = dict(scope["headers"])
+        given = headers.get(b"authorization", b"")
+        if self._expected is not None and not hmac.compare_digest(given, self._expected):
+            message = "the API key is wrong or missing; send the header Authorization: Bearer KEY"
+            return _error(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        # The framework's own limit, which also counts what comes without a length, does not answer in OpenAI's way.
+        if int(headers.get(b"content-length", 0)) > MAX_BODY:
+            return _error(413, f"the body is longer than {MAX_BODY} bytes")
+        return None
 
 
 def _error(

@@ -190,6 +190,5 @@ class Broker:
             ticket.put(event)
 
     def _died(self, error: OrchestratorError) -> None:
-        self.error = error  # also where the server was stopping: this is what its run ends with
         self.refuse(error)
         self._on_death()

@@ -93,6 +93,7 @@ def _explained(server: ServerConfig) -> Iterator[None]:
 def _serve(session: Session, server: ServerConfig, sock: socket.socket, folder: RunFolder) -> None:
     from orchestrator.server.app import create_app
     from orchestrator.server.broker import Broker
+    from orchestrator.server.errors import ServerStoppingError
     from orchestrator.server.prepare import ServedModel
 
     planned = session.planned
@@ -117,8 +118,8 @@ def _serve(session: Session, server: ServerConfig, sock: socket.socket, folder: 
 
     signalled = asyncio.run(_until_told(create_app(model, broker, server.api_key), broker, sock, ready))
     folder.write("result.json", session.result() | {"served": asdict(broker.counters)})
-    if signalled is None:
-        assert broker.error is not None  # the server ends for one of two reasons
+    assert broker.error is not None  # a broker that was stopped has one
+    if signalled is None or not isinstance(broker.error, ServerStoppingError):
         raise broker.error
     with suppress(OrchestratorError):  # the engine may have died since
         measured = _measured(session, session.engine.stats())

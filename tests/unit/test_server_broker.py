@@ -15,7 +15,7 @@ import pytest
 from orchestrator.backends.protocol import Delta, Event, Failed, Finished, Request
 from orchestrator.config import GenerationConfig
 from orchestrator.errors import EngineError, RequestError
-from orchestrator.server.app import create_app
+from orchestrator.server.app import MAX_BODY, create_app
 from orchestrator.server.broker import AbandonedError, Broker
 from orchestrator.server.errors import ServerStoppingError
 from orchestrator.server.prepare import ServedModel
@@ -215,6 +215,16 @@ def test_a_request_that_fails_in_the_engine_says_so(stream: bool) -> None:
             assert reply.status_code == (200 if stream else 500)
             assert "not finite" in reply.text
             assert "[DONE]" not in reply.text
+
+    in_loop(scene)
+
+
+def test_a_body_that_is_far_too_long_is_refused() -> None:
+    async def scene(puppet: Puppet) -> None:
+        async with started(puppet) as broker, served(broker) as client:
+            headers = {"Content-Type": "application/json"}
+            reply = await client.post("/v1/completions", content=b" " * (MAX_BODY + 1), headers=headers)
+            assert (reply.status_code, reply.json()["error"]["type"]) == (413, "invalid_request_error")
 
     in_loop(scene)
 
