@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import Orchestrator, gone
+from commands import Orchestrator, gone, hear_interrupts
 
 QUESTION = "What does len do?"
 ANSWER = "Return the number of items in a container."
@@ -99,6 +99,7 @@ def take_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    hear_interrupts()
 
 
 @pytest.fixture
