@@ -31,6 +31,10 @@ convert-and-run MODEL BITS *OPTIONS:
 chat *OPTIONS:
     {{python}} -m orchestrator task=chat {{OPTIONS}}
 
+# an OpenAI-compatible server: just serve model.path=/data/merged server.port=8000
+serve *OPTIONS:
+    {{python}} -m orchestrator task=serve {{OPTIONS}}
+
 # one run per width: just sweep 4,8 model.path=/data/merged
 sweep BITS *OPTIONS:
     {{python}} -m orchestrator -m quant.bits={{BITS}} {{OPTIONS}}

@@ -22,6 +22,7 @@ TASKS = {
     "plan": "orchestrator.tasks.plan:plan",
     "convert": "orchestrator.tasks.convert:convert",
     "chat": "orchestrator.tasks.chat:chat",
+    "serve": "orchestrator.tasks.serve:serve",
     "engine": "orchestrator.tasks.engine:engine",
     "artifacts": "orchestrator.tasks.artifacts:artifacts",
 }

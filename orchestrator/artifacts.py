@@ -83,8 +83,12 @@ class Store:
         self.root = root
 
     def find(self, recipe: Recipe) -> Artifact | None:
-        """The finished artifact of a recipe, or None."""
-        return self._read(self.root / recipe.name)
+        """The finished artifact of a recipe with all its files, or None. Sizes are looked at, digests by `verify`."""
+        found = self._read(self.root / recipe.name)
+        if found is None or all(_size(found.path / name) == size for name, (size, _) in found.files.items()):
+            return found
+        log.warning("%s has lost a file, or a part of one: it is built again", found.path)
+        return None
 
     def build(
         self,
@@ -234,6 +238,13 @@ class Store:
         partial.rename(final)
         _sync(self.root)
         return Artifact(final, manifest, files)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def last_used(artifact: Artifact) -> float:

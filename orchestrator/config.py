@@ -139,7 +139,7 @@ class PathsConfig:
 @dataclass
 class RunConfig:
     resume: str | None = None  # a run folder to continue
-    in_flight: int = 4  # prompts answered at a time
+    in_flight: int | None = None  # prompts answered at a time; unset: 4, or fewer where that keeps the context
 
 
 @dataclass
@@ -153,6 +153,13 @@ class ArtifactsConfig:
 @dataclass
 class EngineConfig:
     name: str | None = None
+
+
+@dataclass
+class ServerConfig:
+    host: str = "127.0.0.1"  # this machine only
+    port: int = 8000  # 0: any that is free
+    api_key: str | None = None  # that clients have to send; unset: none
 
 
 @dataclass
@@ -178,6 +185,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
 
 
@@ -277,6 +285,7 @@ def _check_numbers(config: Config) -> Iterator[str]:
         "parallel.tensor": (1, 1024, "at least 1 rank"),
         "parallel.pipeline": (1, 1024, "at least 1 stage"),
         "artifacts.unused_days": (0, 36500, "0 days or more"),
+        "server.port": (0, 65535, "1 to 65535, or 0 for any that is free"),
     }
     for key, (low, high, meaning) in ranges.items():
         value = get(config, key)
@@ -346,6 +355,14 @@ def _check_prompts(config: Config) -> Iterator[str]:
         yield "convert.verify=true is not in this version: task=artifacts artifacts.action=verify checks digests"
 
 
+def _check_server(config: Config) -> Iterator[str]:
+    if not config.server.host:
+        yield "server.host is empty: 127.0.0.1 is this machine only, 0.0.0.0 every address that it has"
+    key = config.server.api_key
+    if key is not None and not (key and key.isascii() and key.isprintable() and key == key.strip()):
+        yield "server.api_key is empty, or has characters that an HTTP header cannot carry"
+
+
 CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     _check_choices,
     _check_numbers,
@@ -353,6 +370,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     _check_hardware,
     _check_model,
     _check_prompts,
+    _check_server,
 )
 
 SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

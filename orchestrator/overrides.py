@@ -28,7 +28,9 @@ VERBATIM = {
     "backend.python",
     "quant.measurement",
     "quant.calibration.file",
+    "server.api_key",
 }
+TEXTS = {"prompts.text", "server.api_key"}  # those that are no paths
 WITH_RESUME = ("run.", "paths.", "hydra.")  # what may be said beside run.resume
 OPEN_KEYS = ("backend.engine_args.",)  # passed to the engine as they are
 
@@ -107,7 +109,7 @@ def _quoted(key: str, value: str) -> str:
     """value as a Hydra string; null, lists ("[a,b]") and what is quoted already stay Hydra's."""
     if value in ("", "null") or (key == "prompts.text" and _is_list_or_string(value)):
         return value
-    if key != "prompts.text" and value.startswith("~"):
+    if key not in TEXTS and value.startswith("~"):
         value = str(Path(value).expanduser())
     # OmegaConf first: "${" would be an interpolation, and backslashes count before it. Then Hydra: a quote would
     # end the string, and backslashes count before it and at the end.

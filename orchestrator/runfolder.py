@@ -49,7 +49,10 @@ class RunFolder:
                 raise ConfigError(f"{saved} cannot be read: {str(error).splitlines()[0]}") from None
             assert isinstance(merged, DictConfig)
             return merged
-        OmegaConf.save(tree, self.path / "config.yaml", resolve=True)
+        kept = tree.copy()
+        if kept.server.api_key is not None:  # a secret has no place in a folder that is passed around
+            kept.server.api_key = "(not kept)"
+        OmegaConf.save(kept, self.path / "config.yaml", resolve=True)
         return tree
 
     def write(self, name: str, value: Any) -> None:

@@ -64,6 +64,10 @@ class Tokenizer:
         """The tokens of a text as it stands, nothing added."""
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The tokens of a text for the model to go on with, with what the tokenizer begins one with."""
+        return list(self._tokenizer(text, verbose=False)["input_ids"])
+
     def encode(self, messages: list[Message], *, answer: bool = True) -> list[int]:
         """The tokens of a conversation, ready for the model to answer (or, without `answer`, complete).
 

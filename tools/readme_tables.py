@@ -47,8 +47,8 @@ def embedded() -> str:
     tokens = {row["data"]: row["tokens"] for row in result["rows"]}
     return (
         f"Held-out text ({tokens['text']:,} tokens) and held-out conversations ({tokens['questions']:,} tokens), "
-        f"teacher-forced through our own engines; KL in nats per token and top-1 agreement against float32. The model is "
-        f"far too small to rank 4-bit methods: this shows that the ways are right.\n\n{table(head, rows)}\n\n"
+        f"teacher-forced through our own engines; KL in nats per token and top-1 agreement against float32. The model "
+        f"is far too small to rank 4-bit methods: this shows that the ways are right.\n\n{table(head, rows)}\n\n"
         f"`benchmarks/embedded_quality.py`: {environment(result)}"
     )
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
-import platform
-import resource
 import time
 from collections import deque
-from pathlib import Path
 from typing import Any
 
-from orchestrator.backends.hf_batch import Batch, Row, Steps
+from orchestrator.backends.hf_batch import Batch, Steps
 from orchestrator.backends.hf_tensors import bytes_per_tensor, keep_4bit_layout
 from orchestrator.backends.protocol import Event, Failed, LoadPlan, Request, Score, Stats
+from orchestrator.backends.row import Row, problem
+from orchestrator.backends.usage import gpu_peaks, host_peak, installed
 from orchestrator.errors import CheckpointError, EngineError
 
 _QUANTIZATION: dict[str, dict[str, Any]] = {
@@ -126,39 +124,15 @@ class HuggingFaceEngine:
 
     def versions(self) -> dict[str, str]:
         """Of Python, CUDA and the packages that are installed."""
-        import torch
-
-        found = {"python": platform.python_version()}
-        for package in _PACKAGES:
-            try:
-                found[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+        return installed(_PACKAGES)
 
     def submit(self, request: Request) -> None:
         """Queues a request; one that cannot be answered gets its Failed from the next `events`."""
-        problem = self._problem(request)
-        if problem:
-            self._at_once.append(Failed(request.id, problem))
+        found = problem(request, self._plan.max_context, self._vocabulary)
+        if found:
+            self._at_once.append(Failed(request.id, found))
         else:
             self._waiting.append(Row(request, self._decode))
-
-    def _problem(self, request: Request) -> str:
-        length = len(request.tokens) + request.max_tokens
-        if not request.tokens:
-            return "the prompt is empty"
-        if request.max_tokens < 1:
-            return f"max_tokens is {request.max_tokens}; at least 1 is needed"
-        if length > self._plan.max_context:
-            return (
-                f"{len(request.tokens)} tokens of prompt and {request.max_tokens} of answer are more than "
-                f"the {self._plan.max_context} of model.max_context"
-            )
-        # On a GPU such a token would end the whole process.
-        if min(request.tokens) < 0 or max(request.tokens) >= self._vocabulary:
-            return f"the prompt has a token outside of the vocabulary of {self._vocabulary}"
-        return ""
 
     def _decode(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -234,16 +208,16 @@ class HuggingFaceEngine:
         done, batch = self._done, self._batch
         if batch is None:
             return Stats(
-                _host_peak(),
-                _gpu_peaks(),
+                host_peak(),
+                gpu_peaks(),
                 done.prefill_tokens,
                 done.prefill_s,
                 done.decode_tokens,
                 done.decode_s,
             )
         return Stats(
-            _host_peak(),
-            _gpu_peaks(),
+            host_peak(),
+            gpu_peaks(),
             done.prefill_tokens + sum(len(row.request.tokens) for row in batch.rows),
             done.prefill_s + batch.prefill_s,
             done.decode_tokens + batch.decode_tokens,
@@ -255,21 +229,3 @@ class HuggingFaceEngine:
         self._model = None
         self._tokenizer = None
         self._waiting.clear()
-
-
-def _host_peak() -> int:
-    """Peak resident memory of this process, bytes."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # no /proc: the next line answers as well
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _gpu_peaks() -> list[int]:
-    """The allocator's peak on each visible GPU, bytes."""
-    import torch
-
-    return [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())]

@@ -21,7 +21,8 @@ class LoadPlan:
     dtype: str  # of what is not quantized, and of the arithmetic: float32, float16, bfloat16
     max_context: int  # tokens of one sequence, prompt and answer
     max_in_flight: int  # sequences decoded at a time
-    device_map: dict[str, str]  # module path ("" is the whole model) -> "cpu", "cuda:0", ...
+    # A device is "cpu", "cuda:0", ...; "cuda:0+cuda:1" is anywhere on these: the engine itself spreads over them.
+    device_map: dict[str, str]  # module path ("" is the whole model) -> device
     weights: dict[str, int]  # device -> bytes of weights that the plan puts there
     memory: dict[str, int] = field(default_factory=dict)  # device -> bytes that this process may take there
     kv_cache: dict[str, int] = field(default_factory=dict)  # device -> bytes of KV cache that the plan puts there

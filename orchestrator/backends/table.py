@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Method:
-    """One way to store weights. `loss` orders methods by how far they are from 16 bit (0 is nothing lost).
+    """One way to store weights.
 
-    `low` and `high` bound the bits per weight of a method that takes any width; others have those of their backend.
+    Attributes:
+        loss: orders methods by how far they are from 16 bit (0 is nothing lost); at 4 bits, where `per_bit` is set.
+        low, high: bounds of the bits per weight of a method that takes any width; others have their backend's.
+        per_bit: what each bit above 4 adds to the loss, of a method that takes any width.
     """
 
     name: str
@@ -20,6 +23,17 @@ class Method:
     label: str
     low: float | None = None
     high: float | None = None
+    per_bit: float = 0.0
+
+    def loss_at(self, bits: float) -> float:
+        """How far the method is from 16 bit at one width."""
+        return self.loss + self.per_bit * (bits - 4)
+
+    def widths(self, usual: tuple[float, ...]) -> str:
+        """The widths as a person reads them; `usual` are its backend's."""
+        if self.low is not None and self.high is not None:
+            return f"{self.low:g} to {self.high:g}"
+        return " or ".join(f"{bits:g}" for bits in usual)
 
 
 METHODS: dict[str, Method] = {
@@ -29,6 +43,9 @@ METHODS: dict[str, Method] = {
         Method("int8", 1.0, "int8"),
         Method("nf4", 4.0, "NF4"),
         Method("fp4", 5.0, "FP4"),
+        # A little behind bitsandbytes at the same nominal width: NF4 stores 4.5 bits per weight, 4.0 of EXL2 are 4.0,
+        # and its head has 6 where int8's keeps 16.
+        Method("exl2", 4.1, "EXL2", low=2.25, high=8.0, per_bit=-0.75),
     )
 }
 
@@ -49,6 +66,9 @@ class Backend:
         automatic: the devices on which backend=auto takes it into account.
         cache_bits: widths of the KV cache, for engines that have the key `cache.bits`.
         stages: "module:function" of the stages that turn merged safetensors into what it loads (see pipeline).
+        dtypes: what it computes in, the automatic choice first; empty: whatever the device has.
+        on_request: methods that run only where quant.method names them.
+        architectures: those that it loads as what they are; empty: whatever our checkpoint reader knows.
     """
 
     name: str
@@ -63,7 +83,21 @@ class Backend:
     automatic: tuple[str, ...] = ("cuda", "cpu")
     cache_bits: tuple[int, ...] = ()
     stages: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    on_request: frozenset[str] = frozenset()
+    architectures: frozenset[str] = frozenset()
 
+
+# What exllamav2 0.3.2 knows by name (its architecture.py), text models only. Anything else it loads as a Llama, with
+# no more than a printed warning.
+EXLLAMAV2_ARCHITECTURES = frozenset(
+    f"{name}ForCausalLM"
+    for name in (
+        *("Llama", "Mistral", "Mixtral", "Yi", "Orion", "Qwen2", "Qwen3", "Qwen3Moe", "Gemma", "Gemma2", "Starcoder2"),
+        *("Gemmoe", "Cohere", "Cohere2", "Dbrx", "Phi3", "GPTBigCode", "MiniCPM", "InternLM2", "Index", "Granite"),
+        "Glm4",
+    )
+)
 
 BACKENDS: dict[str, Backend] = {
     b.name: b
@@ -101,6 +135,33 @@ BACKENDS: dict[str, Backend] = {
             automatic=("cuda",),  # on a CPU it takes half a minute to start: it is for who asks for it
             keys=frozenset({"parallel.tensor", "parallel.pipeline", "cache.bits"}),
             cache_bits=(16, 8),
+        ),
+        Backend(
+            name="exllamav2",
+            adapter="orchestrator.backends.exllamav2:ExLlamaV2Engine",
+            memory="orchestrator.plan.exllamav2:estimate",
+            methods={"exl2": (4.0, 6.0, 8.0), "none": (16.0,)},
+            devices=("cuda",),
+            # pandas and fastparquet: its converter's tokenize.py imports them whatever the calibration is.
+            packages=("torch", "exllamav2", "tokenizers", "safetensors", "pandas", "fastparquet"),
+            extra="exllamav2",
+            speed={"exl2": 3.0, "none": 1.1},
+            keys=frozenset(
+                {
+                    "quant.head_bits",
+                    "quant.measurement",
+                    "quant.calibration.file",
+                    "quant.calibration.rows",
+                    "quant.calibration.length",
+                    "cache.bits",
+                    "parallel.gpu_split",
+                }
+            ),
+            cache_bits=(16, 8, 6, 4),
+            stages=("orchestrator.stages.exl2:quantize",),
+            dtypes=("float16",),
+            on_request=frozenset({"none"}),
+            architectures=EXLLAMAV2_ARCHITECTURES,
         ),
     )
 }

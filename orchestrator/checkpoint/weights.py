@@ -72,7 +72,10 @@ def read_weights(folder: Path, formats: tuple[Format, ...]) -> WeightSet | None:
             first = first or error
             notes.append(f"the {form.name} files are not complete and are not used: {error.message}")
             continue
-        notes += [f"the {other.name} files beside them are not used" for other in present[place + 1 :]]
+        notes += [
+            f"{shown(folder, 400)} holds {form.name} and {other.name} weights: the {form.name} ones are used"
+            for other in present[place + 1 :]
+        ]
         return WeightSet(
             form.name, found.tensors, found.files, found.digests, found.index_digest, (*notes, *found.notes)
         )

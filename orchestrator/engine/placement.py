@@ -12,6 +12,11 @@ _SLACK = 1 << 20  # bytes: caches of rotary angles and the like, which no header
 _NAMED = 3  # tensors in a message
 
 
+def members(device: str) -> list[str]:
+    """The devices of a planned device: one, or those of "cuda:0+cuda:1", where the engine itself spreads over them."""
+    return device.split("+")
+
+
 def bytes_per_device(placement: Placement) -> dict[str, int]:
     """device -> bytes."""
     return {device: sum(tensors.values()) for device, tensors in placement.items()}
@@ -31,11 +36,13 @@ def check_placement(plan: LoadPlan, placement: Placement) -> None:
             bytes than planned by more than 2% and 1 MiB (both numbers are given).
     """
     stray = []
+    planned_devices = {member for device in plan.weights for member in members(device)}
     for device, tensors in placement.items():
         for name in tensors:
             wanted = planned_device(plan, name)
-            if device not in plan.weights or (wanted is not None and wanted != device):
-                stray.append(f"{name} is on {device}, planned on {wanted or ' or '.join(sorted(plan.weights))}")
+            if device not in planned_devices or (wanted is not None and device not in members(wanted)):
+                where = members(wanted) if wanted else sorted(planned_devices)
+                stray.append(f"{name} is on {device}, planned on {' or '.join(where)}")
     if stray:
         more = f" and {len(stray) - _NAMED} more tensors" if len(stray) > _NAMED else ""
         raise EngineError(
@@ -44,7 +51,7 @@ def check_placement(plan: LoadPlan, placement: Placement) -> None:
         )
     actual = bytes_per_device(placement)
     for device, planned in sorted(plan.weights.items()):
-        found = actual.get(device, 0)
+        found = sum(actual.get(member, 0) for member in members(device))
         if abs(found - planned) > _TOLERANCE * planned + _SLACK:
             raise EngineError(
                 f"{device} holds {found:,} bytes of weights, but the plan says {planned:,}: "

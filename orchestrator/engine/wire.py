@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import struct
 import threading
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from socket import socket
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -138,17 +138,19 @@ def _to_rebuild(hint: Any) -> bool:
     return hint in _KINDS.values() or get_origin(hint) is tuple or any(map(_to_rebuild, get_args(hint)))
 
 
-_FIELDS = {cls: [field.name for field in fields(cls)] for cls in _KINDS.values()}
 _HINTS = {
     cls: {name: hint for name, hint in get_type_hints(cls).items() if _to_rebuild(hint)} for cls in _KINDS.values()
 }
 
 
 def _plain(value: Any) -> Any:
-    names = _FIELDS.get(type(value))
-    if names is not None:
-        return {_TAG: type(value).__name__, **{name: _plain(getattr(value, name)) for name in names}}
-    if isinstance(value, list | tuple) and value and type(value[0]) in _FIELDS:
+    nested = _HINTS.get(type(value))
+    if nested is not None:
+        plain = {_TAG: type(value).__name__, **vars(value)}  # this runs for each token: no copy of what is flat
+        for name in nested:
+            plain[name] = _plain(plain[name])
+        return plain
+    if isinstance(value, list | tuple) and value and type(value[0]) in _HINTS:
         return [_plain(item) for item in value]
     return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,12 +11,14 @@ from orchestrator.backends.table import BACKENDS, METHODS, Backend
 from orchestrator.checkpoint.spec import ModelSpec
 from orchestrator.config import ENGINE_KEYS, Config, get
 from orchestrator.engine.interpreters import interpreter, require
-from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError
+from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError, OrchestratorError
 from orchestrator.hardware import Hardware
 from orchestrator.plan.types import Ask, Candidate, Plan
 
 GIB = 2**30
 GOAL_CONTEXT = 4096  # tokens that a plan tries to keep where none were asked for
+IN_FLIGHT = (4, 2, 1)  # sequences at a time, where they were not asked for: fewer before a shorter context
+CONTEXT_STEP = 512  # contexts below the goal count by such steps: a few tokens more are worth no precision
 
 
 def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
@@ -25,6 +28,7 @@ def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
 
     Raises:
         ConfigError: no engine has the method, the bits and the keys that were asked for together.
+        EngineUnavailableError: the engine that was asked for does not run on such hardware.
         DoesNotFitError: never here: a plan that does not fit is an answer too (see `must_fit`).
     """
     _check_context(config, spec)
@@ -34,12 +38,11 @@ def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
             f"the model is quantized already ({method}), and no engine of this version runs that",
             "Set model.path to the unquantized model.",
         )
-    asks = list(_asks(config, hardware))
+    asks = list(_asks(config, spec, hardware))
     if not asks:
         raise ConfigError(_nothing_matches(config))
     candidates = [_estimate(config, spec, hardware, ask) for ask in asks]
-    goal = config.model.max_context or min(GOAL_CONTEXT, spec.max_context)
-    candidates.sort(key=lambda c: _rank(c, goal))
+    candidates.sort(key=lambda c: _rank(c, _goal(config, spec)))
     return Plan(candidates[0], tuple(candidates), (*spec.notes, *hardware.notes))
 
 
@@ -78,7 +81,7 @@ def why(chosen: Candidate, plan: Plan, config: Config) -> str:
         return "the one that was asked for"
     if not any(c.fits for c in others):
         return "the only one that fits"
-    better = [c for c in others if c.fits and METHODS[c.method].loss < METHODS[chosen.method].loss]
+    better = [c for c in others if c.fits and _loss(c) < _loss(chosen)]
     if better:
         return f"installed, unlike {better[0].label}"
     asked = f" with {config.quant.bits:g} bits" if config.quant.bits is not None else ""
@@ -94,15 +97,38 @@ def _check_context(config: Config, spec: ModelSpec) -> None:
         )
 
 
-def _asks(config: Config, hardware: Hardware) -> Iterator[Ask]:
+def _refusal(backend: Backend, spec: ModelSpec, hardware: Hardware) -> OrchestratorError | None:
+    """Why an engine can run nothing of this model on this hardware; None where it can."""
+    if hardware.device not in backend.devices:
+        return EngineUnavailableError(
+            f"backend={backend.name} needs a CUDA GPU, and there is none here",
+            "To plan for other hardware, add task=plan hardware=4x24gb (see the hardware group).",
+        )
+    if backend.architectures and spec.architecture not in backend.architectures:
+        return ConfigError(
+            f"backend={backend.name} does not know the architecture {spec.architecture}, and would load it as another",
+            "Use another backend (backend=auto chooses one).",
+        )
+    return None
+
+
+def _asks(config: Config, spec: ModelSpec, hardware: Hardware) -> Iterator[Ask]:
     set_keys = {key for key in ENGINE_KEYS if get(config, key) is not None}
     for backend in BACKENDS.values():
         if config.backend.name not in ("auto", backend.name) or not set_keys <= backend.keys:
             continue
         if config.backend.name == "auto" and hardware.device not in backend.automatic and not set_keys:
             continue
+        if backend.cache_bits and config.cache.bits not in (None, *backend.cache_bits):
+            continue  # of another engine that was not named
+        if (refusal := _refusal(backend, spec, hardware)) is not None:
+            if config.backend.name == backend.name:
+                raise refusal
+            continue
         for method, bits in _widths(config, backend, hardware):
-            dtype = _dtype(config, method, bits, hardware)
+            if method == "none" and any(key.startswith("quant.") for key in set_keys):
+                continue  # they say how to quantize
+            dtype = _dtype(config, backend, method, bits, hardware)
             if dtype is None:
                 continue
             yield Ask(
@@ -113,7 +139,7 @@ def _asks(config: Config, hardware: Hardware) -> Iterator[Ask]:
                 double_quant=bool(config.quant.double) and method in ("nf4", "fp4"),
                 max_context=config.model.max_context,
                 goal=GOAL_CONTEXT,
-                max_in_flight=config.run.in_flight,
+                max_in_flight=config.run.in_flight or IN_FLIGHT[0],
                 settings={key: get(config, key) for key in set_keys},
             )
 
@@ -123,6 +149,8 @@ def _widths(config: Config, backend: Backend, hardware: Hardware) -> Iterator[tu
     seen: set[float] = set()
     for method, widths in backend.methods.items():
         if config.quant.method not in ("auto", method):
+            continue
+        if method in backend.on_request and config.quant.method != method:
             continue
         low, high = METHODS[method].low, METHODS[method].high
         asked = config.quant.bits
@@ -139,12 +167,14 @@ def _widths(config: Config, backend: Backend, hardware: Hardware) -> Iterator[tu
             yield method, bits
 
 
-def _dtype(config: Config, method: str, bits: float, hardware: Hardware) -> str | None:
-    """The dtype of the arithmetic and of what is not quantized; None where it contradicts the bits.
+def _dtype(config: Config, backend: Backend, method: str, bits: float, hardware: Hardware) -> str | None:
+    """The dtype of the arithmetic and of what is not quantized; None where it contradicts the bits or the engine.
 
     bfloat16 needs compute capability 8.0; CPUs compute in float32, as the kernels there do at their best.
     """
     asked = config.model.dtype
+    if backend.dtypes:
+        return backend.dtypes[0] if asked == "auto" else asked if asked in backend.dtypes else None
     if method == "none":
         if asked != "auto":
             return asked if bits == (32 if asked == "float32" else 16) else None
@@ -158,19 +188,34 @@ def _dtype(config: Config, method: str, bits: float, hardware: Hardware) -> str 
 
 
 def _estimate(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
+    """One combination's candidate: with the most sequences in flight that leave room for the context."""
     backend = BACKENDS[ask.backend]
     module, function = backend.memory.split(":")
-    candidate: Candidate = getattr(importlib.import_module(module), function)(spec, hardware, ask)
+    estimate = getattr(importlib.import_module(module), function)
+    goal = _goal(config, spec)
+    candidate: Candidate
+    for in_flight in (ask.max_in_flight,) if config.run.in_flight else IN_FLIGHT:
+        candidate = estimate(spec, hardware, replace(ask, max_in_flight=in_flight))
+        if candidate.fits and candidate.max_context >= goal:
+            break
     return replace(candidate, installed=interpreter(backend, config, hardware.device) is not None)
+
+
+def _goal(config: Config, spec: ModelSpec) -> int:
+    """Tokens of context to reach."""
+    return config.model.max_context or min(GOAL_CONTEXT, spec.max_context)
 
 
 def _rank(candidate: Candidate, goal: int) -> tuple[float, ...]:
     speed = BACKENDS[candidate.backend].speed.get(candidate.method, 0.0)
-    short = candidate.max_context < goal
-    need = sum(device.total for device in candidate.devices)
     if not candidate.fits:  # nearest to fitting first
-        return (1, need)
-    return (0, short, METHODS[candidate.method].loss, -candidate.bits, -speed, not candidate.installed)
+        return (1, sum(device.total for device in candidate.devices))
+    steps = math.ceil(max(0, goal - candidate.max_context) / CONTEXT_STEP)
+    return (0, steps, _loss(candidate), -candidate.bits, -speed, not candidate.installed)
+
+
+def _loss(candidate: Candidate) -> float:
+    return METHODS[candidate.method].loss_at(candidate.bits)
 
 
 def _nothing_matches(config: Config) -> str:
@@ -180,7 +225,7 @@ def _nothing_matches(config: Config) -> str:
     asked += [f"model.dtype={config.model.dtype}"] if config.model.dtype != "auto" else []
     asked += [f"{key}={get(config, key)}" for key in ENGINE_KEYS if get(config, key) is not None]
     have = [
-        f"{b.name} has {', '.join(f'{m} at {w:g} bits' for m, ws in b.methods.items() for w in ws)}"
+        f"{b.name} has {', '.join(f'{m} at {METHODS[m].widths(ws)} bits' for m, ws in b.methods.items())}"
         for b in BACKENDS.values()
         if config.backend.name in ("auto", b.name)
     ]
@@ -191,13 +236,14 @@ def _ways_out(config: Config, spec: ModelSpec, hardware: Hardware, plan: Plan) -
     """What would fit, cheapest change first, each with its number."""
     short = replace(plan.chosen, max_context=0)
     tries: list[tuple[str, Config]] = []
-    if config.run.in_flight > 1:
+    if (config.run.in_flight or 1) > 1:
         tries.append(("run.in_flight=1", _changed(config, in_flight=1)))
     if config.model.max_context is not None:
         tries.append(("a shorter model.max_context", _changed(config, context=True)))
     tries.append(("another width", _changed(config, in_flight=1, context=True, width=True)))
     for name, other in tries:
-        found = min((_estimate(other, spec, hardware, a) for a in _asks(other, hardware)), key=lambda c: _rank(c, 0))
+        asks = _asks(other, spec, hardware)
+        found = min((_estimate(other, spec, hardware, ask) for ask in asks), key=lambda c: _rank(c, 0))
         if found.fits:
             need = max(d.total / GIB for d in found.devices)
             settings = f"backend={found.backend} quant.bits={found.bits:g} model.max_context={found.max_context}"

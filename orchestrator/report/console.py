@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Progress = Callable[[int, int, str], None]  # done, total (bytes), what is being worked on
+Steps = Callable[[float, str], None]  # done (0 to 1), of which step
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -52,6 +53,34 @@ def progress(title: str) -> Iterator[Progress]:
     with Bar(*columns, TimeRemainingColumn(), TextColumn("{task.fields[what]}"), console=out) as bar:
         task = bar.add_task(title, total=None, what="")
         yield lambda done, total, what: bar.update(task, completed=done, total=total, what=what)
+
+
+@contextmanager
+def steps(title: str) -> Iterator[Steps]:
+    """A bar in per cent, for work that is not counted in bytes; a line a minute elsewhere than on a terminal."""
+    out = console()
+    if not out.is_terminal:
+        yield _step_lines(title)
+        return
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Bar(*columns, TextColumn("{task.fields[what]}"), console=out) as bar:
+        task = bar.add_task(title, total=1.0, what="")
+        yield lambda done, what: bar.update(task, completed=done, what=what)
+
+
+def _step_lines(title: str) -> Steps:
+    last, said = time.monotonic(), ""
+
+    def show(done: float, what: str) -> None:
+        nonlocal last, said
+        if what != said or time.monotonic() - last > 60:
+            last, said = time.monotonic(), what
+            print(f"{title}: {what}, {done:.0%}", file=sys.stderr, flush=True)
+
+    return show
 
 
 def _lines(title: str) -> Progress:

@@ -12,6 +12,7 @@ from orchestrator import embedded
 from orchestrator.backends.protocol import Delta, Failed, Finished, Request
 from orchestrator.config import Config
 from orchestrator.errors import EngineError, RequestError
+from orchestrator.plan.types import Candidate
 from orchestrator.prompts import Prompt, read_prompts
 from orchestrator.report.console import console, note
 from orchestrator.report.tables import result_table
@@ -37,8 +38,12 @@ def run(config: Config, folder: RunFolder) -> None:
         answers.finish()
         return
     planned = look(config, planning=False)
-    with open_session(planned, folder) as session:
-        requests = _requests(session, open_prompts)
+    requests: list[Request] = []
+
+    def check(tokenizer: Tokenizer, chosen: Candidate) -> None:
+        requests[:] = [make_request(planned.config, tokenizer, p, chosen.max_context) for p in open_prompts]
+
+    with open_session(planned, folder, check) as session:
         folder.status("answering", prompts=len(prompts))
         answering = time.monotonic()
         finished = _answer(session, requests, open_prompts, answers)
@@ -66,17 +71,8 @@ def _prompts(config: Config, folder: RunFolder) -> list[Prompt]:
     return prompts
 
 
-def _requests(session: Session, prompts: list[Prompt]) -> list[Request]:
-    """The prompts as tokens, with as many new tokens as the context has room for.
-
-    Raises:
-        RequestError: a prompt that the context cannot hold.
-    """
-    return [make_request(session.planned.config, session.tokenizer, p, session.chosen.max_context) for p in prompts]
-
-
 def make_request(config: Config, tokenizer: Tokenizer, prompt: Prompt, max_context: int) -> Request:
-    """One prompt's request.
+    """One prompt's request: as tokens, with as many new ones as the context has room for.
 
     Raises:
         RequestError: the prompt leaves no room for a single token.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,13 +21,16 @@ from orchestrator.engine.handle import EngineProcess
 from orchestrator.engine.wire import Ready
 from orchestrator.errors import RequestError
 from orchestrator.hardware import Hardware, detect
-from orchestrator.pipeline import Model, Source, prepare, versions
+from orchestrator.pipeline import Model, Source, is_built, prepare, versions
 from orchestrator.plan.planner import make_plan, must_fit, runnable, why
 from orchestrator.plan.types import Candidate, Plan
 from orchestrator.report.console import console, note
 from orchestrator.report.tables import hardware_line, model_line, plan_table
 from orchestrator.runfolder import RunFolder
 from orchestrator.tokenizer import Tokenizer, check_tokenizer
+
+# GPUs are numbered as NVML does; nothing is fetched; the tokenizer's threads would outnumber the cores.
+ENGINE_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
@@ -117,12 +120,12 @@ def show_plan(planned: Planned, chosen: Candidate) -> None:
     """The plan for the person: the model, the machine, the table, the reason."""
     out = console()
     for line in planned.plan.notes:
-        out.print(f"note: {line}", markup=False)
-    out.print(model_line(planned.source.name, planned.spec, len(planned.source.adapters)), markup=False)
-    out.print(hardware_line(planned.hardware), markup=False)
+        note(f"note: {line}")
+    note(model_line(planned.source.name, planned.spec, len(planned.source.adapters)))
+    note(hardware_line(planned.hardware))
     out.print(plan_table(chosen))
     if chosen.fits:
-        out.print(f"chosen: {chosen.label}: {why(chosen, planned.plan, planned.config)}", markup=False)
+        note(f"chosen: {chosen.label}: {why(chosen, planned.plan, planned.config)}")
 
 
 def load_plan(planned: Planned, chosen: Candidate, model: Path) -> LoadPlan:
@@ -150,8 +153,14 @@ def load_plan(planned: Planned, chosen: Candidate, model: Path) -> LoadPlan:
 
 
 @contextmanager
-def open_session(planned: Planned, run: RunFolder) -> Iterator[Session]:
+def open_session(
+    planned: Planned, run: RunFolder, check: Callable[[Tokenizer, Candidate], None] = lambda tokenizer, chosen: None
+) -> Iterator[Session]:
     """Plans, prepares the model and starts the engine; ends it, with all its processes, on the way out.
+
+    Args:
+        check: looks at the request with the tokenizer at hand, and raises if it cannot be served: before anything
+            long where something has to be built, else while the engine loads.
 
     Raises:
         OrchestratorError: of every kind; see the exit codes.
@@ -162,20 +171,25 @@ def open_session(planned: Planned, run: RunFolder) -> Iterator[Session]:
     chosen, python = runnable(planned.plan, config, planned.hardware)
     run.write("plan.json", planned.plan.to_json() | chosen.to_json())
     show_plan(planned, chosen)
+    tokenizer = None if is_built(config, planned.source, chosen) else _tokenizer(planned, chosen, check)
     model = prepare(config, planned.source, chosen, run)
     run.status("loading")
     note(f"loading in a process of its own ({chosen.label}) ...")
     plan = load_plan(planned, chosen, model.path)
-    env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    env = {name: os.environ.get(name, value) for name, value in env.items()}
+    env = {name: os.environ.get(name, value) for name, value in ENGINE_ENVIRONMENT.items()}
     adapter = BACKENDS[chosen.backend].adapter
     with EngineProcess.start(python, adapter, plan, run.path / "engine.log", env=env) as engine:
-        # The tokenizer is read while the engine loads.
-        tokenizer = Tokenizer(model.path, config.model.chat_template, config.model.trust_remote_code)
-        if not tokenizer.has_template:
-            note(
-                "note: the model has no chat template: prompts go in as plain text (model.chat_template=FILE sets one)"
-            )
+        tokenizer = tokenizer or _tokenizer(planned, chosen, check)
         ready = engine.wait_ready()
         note(f"loaded in {ready.load_s:.1f} s; placement as planned, smoke pass finite, warmed up")
         yield Session(planned, chosen, model, engine, ready, tokenizer)
+
+
+def _tokenizer(planned: Planned, chosen: Candidate, check: Callable[[Tokenizer, Candidate], None]) -> Tokenizer:
+    """The base's tokenizer, which every stage carries over byte for byte; the request, checked with it."""
+    model = planned.config.model
+    tokenizer = Tokenizer(planned.source.base.path, model.chat_template, model.trust_remote_code)
+    if not tokenizer.has_template:
+        note("note: the model has no chat template: prompts go in as plain text (model.chat_template=FILE sets one)")
+    check(tokenizer, chosen)
+    return tokenizer

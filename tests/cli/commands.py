@@ -130,6 +130,7 @@ class Orchestrator:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=hear_interrupts,
         )
         assert process.stdin is not None
         if stdin is not None:
@@ -158,6 +159,11 @@ class Orchestrator:
                     if process.is_running():
                         process.kill()
                 started.process.communicate()
+
+
+def hear_interrupts() -> None:
+    """A shell's background job, as these tests may be run, ignores Ctrl-C, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def gone(processes: list[psutil.Process], seconds: float = 5) -> bool:

@@ -131,7 +131,7 @@ def test_bin_and_safetensors_side_by_side_take_the_safetensors_and_say_so(
         shutil.copy(file, model)
     done = orchestrator("task=plan", f"model.path={model}")
     assert done.code == 0, done.err
-    assert "the bin files beside them are not used" in done.err
+    assert "safetensors and bin weights: the safetensors ones are used" in done.err
 
 
 # Adapters

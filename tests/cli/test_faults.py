@@ -26,7 +26,7 @@ def answering(orchestrator: Orchestrator, model: Path, *argv: str) -> Started:
 def merging(orchestrator: Orchestrator, large: Large, store: Path) -> Started:
     """A merge of seconds into a store of its own, stopped at the first shard that is finished."""
     started = start_merge(orchestrator, large, store)
-    started.until(lambda: bool(list(store.glob("*.partial/*.safetensors"))))
+    started.until(lambda: bool(list(store.glob("*.partial/*.safetensors.done"))))
     return started
 
 

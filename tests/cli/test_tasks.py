@@ -67,6 +67,31 @@ def test_a_profile_of_cards_that_are_not_there_ends_with_4(orchestrator: Orchest
     assert "task=plan" in done.error
 
 
+# Sweeps
+
+
+def states(done: Done) -> list[str]:
+    """How each job of a sweep ended."""
+    assert done.folder is not None, done.err
+    jobs = sorted(path for path in done.folder.iterdir() if path.is_dir())
+    return [json.loads((job / "status.json").read_text())["state"] for job in jobs]
+
+
+def test_in_a_sweep_what_does_not_fit_is_a_result(orchestrator: Orchestrator) -> None:
+    done = orchestrator("-m", "task=plan", "hardware=cpu", "hardware.reserve_gib=4096,0")
+    assert done.code == 0, done.err
+    assert states(done) == ["does_not_fit", "done"]
+    assert "does not fit:" in done.err
+
+
+def test_in_a_sweep_a_job_that_fails_does_not_stop_the_others(orchestrator: Orchestrator) -> None:
+    done = orchestrator("-m", "task=plan", "quant.bits=5,4")
+    assert done.code == 1
+    assert states(done) == ["failed", "done"]
+    assert "error: no engine runs" in done.err
+    assert "Traceback" not in done.err
+
+
 # task=convert
 
 

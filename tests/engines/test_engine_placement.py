@@ -44,3 +44,33 @@ def test_as_planned() -> None:
 def test_not_as_planned(placement: dict[str, dict[str, int]], message: str) -> None:
     with pytest.raises(EngineError, match=message):
         check_placement(SPLIT, placement)
+
+
+GROUP: LoadPlan = replace(
+    SPLIT,
+    device_map={"": "cuda:0+cuda:1", "model.embed_tokens": "cpu"},
+    weights={"cpu": GIB, "cuda:0+cuda:1": 2 * GIB},
+)
+
+
+def test_an_engine_that_spreads_by_itself() -> None:
+    embedding = {"model.embed_tokens.weight": GIB}
+    check_placement(GROUP, {"cpu": embedding, "cuda:0": {"model.a": GIB // 2}, "cuda:1": {"lm_head.w": 3 * GIB // 2}})
+    check_placement(GROUP, {"cpu": embedding, "cuda:1": {"model.a": 2 * GIB}})
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        ({"cuda:2": {"model.a": 2 * GIB}}, r"model\.a is on cuda:2, planned on cuda:0 or cuda:1"),
+        ({"cpu": {"model.a": GIB}}, r"model\.a is on cpu, planned on cuda:0 or cuda:1"),
+        ({"cuda:0": {"model.embed_tokens.weight": GIB}}, r"is on cuda:0, planned on cpu"),
+        (
+            {"cpu": {"model.embed_tokens.weight": GIB}, "cuda:0": {"model.a": GIB}},
+            r"cuda:0\+cuda:1 holds 1,073",
+        ),
+    ],
+)
+def test_a_group_that_is_not_as_planned(placement: dict[str, dict[str, int]], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        check_placement(GROUP, placement)

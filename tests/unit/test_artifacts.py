@@ -400,3 +400,23 @@ def test_an_empty_store_is_no_error(store: Store, tmp_path: Path) -> None:
     assert run_task(store, tmp_path)["artifacts"] == []
     assert run_task(store, tmp_path, action="verify")["verified"] == {}
     assert run_task(store, tmp_path, action="prune")["removed"] == []
+
+
+@pytest.mark.parametrize("harm", ["missing", "shorter"])
+def test_an_artifact_that_lost_a_file_is_built_again(tmp_path: Path, harm: str) -> None:
+    store, recipe = Store(tmp_path), Recipe("merge", "1", {}, {})
+
+    def make(partial: Path) -> Built:
+        (partial / "weights").write_bytes(b"12345678")
+        return Built({}, {})
+
+    def build() -> bool:
+        return store.build(recipe, make, 8, unchanged=lambda: True, waiting=lambda: None)[1]
+
+    assert build()
+    weights = tmp_path / recipe.name / "weights"
+    weights.unlink() if harm == "missing" else weights.write_bytes(b"1234")
+    assert store.find(recipe) is None
+    assert build()
+    assert weights.read_bytes() == b"12345678"
+    assert not build()

@@ -65,7 +65,7 @@ def test_whole_safetensors_win_over_bin_beside_them(tmp_path):
     write_model(tmp_path, kind="bin", shards=2)
     checkpoint = open_checkpoint(write_model(tmp_path, shards=2))
     assert checkpoint.format == "safetensors"
-    assert any("bin files beside them are not used" in note for note in checkpoint.notes)
+    assert any("safetensors and bin weights: the safetensors ones are used" in note for note in checkpoint.notes)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])

@@ -75,6 +75,10 @@ def test_there_is_a_choice_for_every_backend_and_task() -> None:
         (["model.path=/m", "model.adapter=/a", "model.adapters=[{path: /b}]"], "model.adapters"),
         (["convert.verify=true"], "convert.verify"),
         (["model.revision=main"], "model.revision"),
+        (["server.port=65536"], "server.port=65536"),
+        (["server.host="], "server.host"),
+        (["server.api_key="], "server.api_key"),
+        (["server.api_key=a\tb"], "server.api_key"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_possible(argv: list[str], said: str) -> None:

@@ -305,16 +305,32 @@ def test_without_a_wish_the_context_is_4096_or_the_models(specs: dict[Llama, Mod
 
 def test_the_context_shrinks_until_it_fits(specs: dict[Llama, ModelSpec]) -> None:
     roomy = best(specs[LLAMA_7B], cards(1, 80), "quant=nf4")
-    tight = best(specs[LLAMA_7B], cards(1, 8), "quant=nf4")
+    tight = best(specs[LLAMA_7B], cards(1, 8), "quant=nf4", "run.in_flight=4")
     assert roomy.max_context == 4096
     assert tight.fits
     assert 0 < tight.max_context < 4096
-    more = best(specs[LLAMA_7B], cards(1, 8), "quant=nf4", f"model.max_context={tight.max_context + 65}")
-    assert not more.fits
+    longer = f"model.max_context={tight.max_context + 65}"
+    assert not best(specs[LLAMA_7B], cards(1, 8), "quant=nf4", "run.in_flight=4", longer).fits
+
+
+def test_fewer_are_in_flight_before_the_context_is_shortened(specs: dict[Llama, ModelSpec]) -> None:
+    roomy, tight = (best(specs[LLAMA_7B], cards(1, gib), "quant=nf4") for gib in (80, 8))
+    assert (roomy.max_context, roomy.max_in_flight) == (4096, 4)
+    assert tight.max_context == 4096
+    assert tight.max_in_flight < 4
+
+
+@pytest.mark.parametrize("gib", [8, 14.5])
+def test_a_context_too_short_to_work_in_does_not_win_by_its_precision(
+    specs: dict[Llama, ModelSpec], gib: float
+) -> None:
+    plan = make_plan(composed(), specs[LLAMA_7B], cards(1, gib))
+    assert max(c.max_context for c in plan.candidates if c.fits) > 1000
+    assert plan.chosen.max_context >= 512
 
 
 def test_a_wished_context_does_not_shrink(specs: dict[Llama, ModelSpec]) -> None:
-    chosen = best(specs[LLAMA_7B], cards(1, 8), "quant=nf4", "model.max_context=4096")
+    chosen = best(specs[LLAMA_7B], cards(1, 8), "quant=nf4", "model.max_context=4096", "run.in_flight=4")
     assert not chosen.fits
     assert chosen.max_context == 4096
 

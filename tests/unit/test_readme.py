@@ -125,7 +125,7 @@ def test_just_lists_every_recipe_with_what_it_does() -> None:
         pytest.skip("just is not installed")
     done = subprocess.run([JUST, "--list"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {"test", "lint", "demo", "plan", "convert-and-run", "chat", "sweep", "engine"} <= set(recipes())
+    assert {"test", "lint", "demo", "plan", "convert-and-run", "chat", "serve", "sweep", "engine"} <= set(recipes())
     for name, comment in recipes().items():
         assert re.search(rf"^    {name}\b.* # {re.escape(comment.removeprefix('# '))}", done.stdout, re.MULTILINE)
 

@@ -1,0 +1,54 @@
+"""Where the tensors of a loaded ExLlamaV2 model lie. Nothing of exllamav2 is imported: its modules are walked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+_OWN = ("weight", "bias", "q4_weight", "q4_scales", "fp16_bias")  # attributes that hold a tensor
+_PARTS = ("linear", "embedding", "layernorm")  # attributes that hold a torch module with a weight and a bias
+
+
+def bytes_per_tensor(model: Any, devices: list[str]) -> dict[str, dict[str, int]]:
+    """device -> {tensor name: bytes} of every weight of the model; scratch buffers and the cache are no weights.
+
+    Args:
+        model: a loaded ExLlamaV2.
+        devices: the plan's name of each GPU that the process sees.
+    """
+    found: dict[str, dict[str, int]] = {}
+    seen: set[tuple[str, int]] = set()
+    for module in model.modules:
+        # A linear or a norm has no submodules, an attention or an MLP block has no tensors of its own.
+        for part in module.submodules or [module]:
+            for name, tensor in _tensors(part):
+                device = _device(tensor, devices)
+                address = (device, tensor.data_ptr())
+                if address in seen and device != "meta":  # the same tensor under two names
+                    continue
+                seen.add(address)
+                found.setdefault(device, {})[f"{part.key}.{name}"] = tensor.nbytes
+    return found
+
+
+def _tensors(part: Any) -> Iterator[tuple[str, Any]]:
+    import torch
+
+    quantized = getattr(part, "q_tensors", None)
+    if isinstance(quantized, dict):
+        yield from ((name, tensor) for name, tensor in quantized.items() if isinstance(tensor, torch.Tensor))
+    for name in _OWN:
+        tensor = getattr(part, name, None)
+        if isinstance(tensor, torch.Tensor):
+            yield name, tensor
+    for attribute in _PARTS:
+        inner = getattr(part, attribute, None)
+        if isinstance(inner, torch.nn.Module):
+            yield from inner.named_parameters()
+
+
+def _device(tensor: Any, devices: list[str]) -> str:
+    if tensor.device.type == "cuda":
+        index = tensor.device.index or 0
+        return devices[index] if index < len(devices) else f"cuda:{index}"
+    return str(tensor.device.type)

@@ -1,0 +1,40 @@
+"""What an engine's process has used, and what it is made of. torch is imported when a GPU is asked about."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def host_peak() -> int:
+    """Peak resident memory of this process, bytes."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # no /proc: the next line answers as well
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gpu_peaks() -> list[int]:
+    """The allocator's peak on each visible GPU, bytes."""
+    import torch
+
+    return [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())]
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python, CUDA and those of the packages that are installed."""
+    import torch
+
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})

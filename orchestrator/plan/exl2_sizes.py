@@ -1,0 +1,168 @@
+"""How many bytes an EXL2 model takes: in the file, and on a GPU once exllamav2 0.3.2 has loaded it. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from orchestrator.backends.exl2_setup import MAX_INPUT, round_up
+from orchestrator.checkpoint.spec import ModelSpec, SpecTensor
+
+# The head's quantization: head_bits -> (rows of a group, ((bits, share of the rows), ...)), as its qparams.py has it.
+HEAD: dict[int, tuple[int, tuple[tuple[int, Fraction], ...]]] = {
+    2: (32, ((4, Fraction(3, 10)), (2, Fraction(7, 10)))),
+    3: (32, ((4, Fraction(15, 100)), (3, Fraction(85, 100)))),
+    4: (32, ((6, Fraction(15, 100)), (4, Fraction(85, 100)))),
+    5: (128, ((6, Fraction(15, 100)), (5, Fraction(85, 100)))),
+    6: (128, ((8, Fraction(15, 100)), (6, Fraction(85, 100)))),
+    8: (128, ((8, Fraction(1)),)),
+}
+_MAX_DQ = 512 * 2**20  # elements that are dequantized at once
+_HALF = 2  # bytes
+_PERMUTED = "down_proj"  # its permutation is folded into gate and up while loading
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A module in the order of loading: an attention block, an MLP block, a norm, the head.
+
+    Attributes:
+        weights: bytes on its GPU.
+        footprint: bytes that the manual split counts for it (those of the file).
+        scratch: bytes of scratch that the manual split wants beside it, without the fixed part of attention.
+        cached: whether it has a share of the KV cache.
+    """
+
+    weights: int
+    footprint: int
+    scratch: int
+    cached: bool
+
+
+def pad32(columns: int) -> int:
+    """Output columns of a quantized linear are padded to 32."""
+    return -(-columns // 32) * 32
+
+
+def head_file_bytes(rows: int, columns: int, head_bits: int) -> int:
+    """Bytes of the quantized head (rows is the hidden size), exactly."""
+    group, parts = HEAD[head_bits]
+    left, groups, weights = rows, 0, 0
+    for bits, share in parts:
+        count = math.ceil(min(rows * share, Fraction(left)) / group)
+        used = min(count * group, left)
+        weights += used * columns * bits
+        left -= used
+        groups += count
+    # Scales of 4 bits per column, and per group 16 bits of largest scale and 32 of its place; the permutation.
+    return (weights + groups * (columns * 4 + 16 + 32) + rows * 32) // 8
+
+
+def linear_loaded_bytes(shape: tuple[int, ...], bits: float, name: str) -> int:
+    """Bytes of a quantized linear of shape (out, in) on the GPU, on average: the file's share and a group map."""
+    out, rows = pad32(shape[0]), shape[1]
+    group_map = 4 * rows
+    # Two 16-bit permutations take what the file's 32-bit one did, except where both are dropped.
+    return int(out * rows * bits / 8) + group_map - (4 * rows if f".{_PERMUTED}." in name else 0)
+
+
+def _other_bytes(spec: ModelSpec, tensor: SpecTensor) -> int:
+    """Norms and biases, in half precision; norms of heads are repeated for each head."""
+    count = math.prod(tensor.shape)
+    if tensor.name.endswith("q_norm.weight"):
+        count *= spec.heads if tensor.shape == (spec.head_dim,) else 1
+    if tensor.name.endswith("k_norm.weight"):
+        count *= spec.kv_heads if tensor.shape == (spec.head_dim,) else 1
+    return _HALF * count
+
+
+def _linear_bytes(tensor: SpecTensor, bits: float, quantized: bool) -> tuple[int, int]:
+    """(on the GPU, in the file)."""
+    out, rows = pad32(tensor.shape[0]), tensor.shape[1]
+    if not quantized:
+        return _HALF * out * rows, _HALF * out * rows
+    return linear_loaded_bytes(tensor.shape, bits, tensor.name), int(out * rows * bits / 8) + 4 * rows
+
+
+def embedding_bytes(spec: ModelSpec) -> int:
+    """Of the embedding, which stays in host memory, in half precision."""
+    return _HALF * spec.vocab * spec.hidden
+
+
+def pieces(spec: ModelSpec, bits: float, head_bits: int, quantized: bool, context: int) -> list[Piece]:
+    """The model's modules on the GPUs, in the order of loading. All layers are taken to have the same width."""
+    size: dict[tuple[int, str], list[int]] = {}
+    last = 0
+    for tensor in spec.tensors:
+        if tensor.layer is None:
+            last += _other_bytes(spec, tensor) if tensor.role == "other" else 0
+            continue
+        block = "mlp" if ".mlp." in tensor.name or "post_attention" in tensor.name else "attention"
+        found = size.setdefault((tensor.layer, block), [0, 0])
+        loaded, stored = (
+            _linear_bytes(tensor, bits, quantized)
+            if tensor.role == "linear"
+            else (_other_bytes(spec, tensor), _other_bytes(spec, tensor))
+        )
+        found[0] += loaded
+        found[1] += stored
+    scratch = {"attention": _attention_scratch(spec, context), "mlp": _mlp_scratch(spec, context)}
+    blocks = [
+        Piece(size[layer, block][0], size[layer, block][1], scratch[block], block == "attention")
+        for layer in range(spec.layers)
+        for block in ("attention", "mlp")
+        if (layer, block) in size
+    ]
+    columns = pad32(spec.vocab)
+    stored = head_file_bytes(spec.hidden, columns, head_bits) if quantized else _HALF * spec.hidden * columns
+    head = Piece(stored + (4 * spec.hidden if quantized else 0), stored, _dq(spec.hidden, columns), False)
+    return [*blocks, Piece(last, last, 0, False), head]
+
+
+def _dq(rows: int, columns: int) -> int:
+    return 2 * min(rows * columns, _MAX_DQ)
+
+
+def _input(context: int) -> int:
+    return min(MAX_INPUT, round_up(context))
+
+
+def _attention_scratch(spec: ModelSpec, context: int) -> int:
+    """As its attn.py counts it for the manual split."""
+    tokens, queries, keys = _input(context), spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    state = 2 * tokens * max(queries, spec.hidden)
+    repeated = 0 if spec.heads == spec.kv_heads else 4 * round_up(context) * queries
+    return state + 2 * tokens * (queries + 2 * keys) + _dq(spec.hidden, pad32(queries)) + repeated
+
+
+def _mlp_scratch(spec: ModelSpec, context: int) -> int:
+    tokens, widest = _input(context), max(spec.hidden, spec.intermediate)
+    return 2 * tokens * spec.hidden + 4 * tokens * widest + _dq(spec.hidden, pad32(spec.intermediate))
+
+
+def fixed_scratch(spec: ModelSpec, context: int, quantized: bool) -> int:
+    """Of each GPU with a part of the model: the device's scratch, the angles, the activations of one prefill step."""
+    tokens, queries = _input(context), spec.heads * spec.head_dim
+    attention = 2 * tokens * max(queries, spec.hidden) + _dq(spec.hidden, pad32(queries))
+    head = _dq(spec.hidden, pad32(spec.vocab))
+    angles = 2 * 2 * round_up(context) * spec.head_dim
+    activations = 2 * tokens * (4 * spec.hidden + 2 * queries + 2 * spec.kv_heads * spec.head_dim)
+    if not quantized:  # every intermediate is a tensor of its own
+        return angles + activations + 2 * tokens * 3 * spec.intermediate
+    return max(attention, _mlp_scratch(spec, context), head) + angles + activations
+
+
+def split_constants(spec: ModelSpec, context: int) -> tuple[int, int]:
+    """What the manual split takes from each GPU's share: (once, for the largest attention), with flash-attn."""
+    tokens, length = _input(context), round_up(context)
+    once = 2 * 2 * spec.head_dim * length + 2 * tokens * spec.hidden + 2 * tokens * tokens
+    weights = min(2048**2, length**2) // (2048 / 190)
+    return once, int(2 * weights * spec.heads * 2)
+
+
+def cache_bytes(spec: ModelSpec, cache_bits: int) -> tuple[float, int]:
+    """(per token and layer, per token and GPU): all but the 16-bit cache keep one layer of it in 16 bits."""
+    width = spec.kv_heads * spec.head_dim
+    per_layer = {16: 4.0, 8: 2.125, 6: 1.625, 4: 1.125}[cache_bits] * width
+    return per_layer, 0 if cache_bits == 16 else 4 * width

@@ -1,0 +1,228 @@
+"""Memory of ExLlamaV2: weights by their bits, cache and scratch by its own rules, its two ways to split over GPUs.
+
+Layers get widths of their own when a model is quantized, only their sum is known before: so the plan says how many
+bytes the GPUs hold together, and checks that every one has room for its share of an even distribution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.backends.exl2_setup import (
+    CONTEXT_BYTES,
+    PAGE,
+    RESERVE_FILLING,
+    RESERVE_FIRST,
+    RESERVE_OTHERS,
+    round_up,
+)
+from orchestrator.checkpoint.spec import ModelSpec
+from orchestrator.errors import ConfigError
+from orchestrator.hardware import GIB, MIB, Gpu, Hardware
+from orchestrator.plan.exl2_sizes import (
+    HEAD,
+    Piece,
+    cache_bytes,
+    embedding_bytes,
+    fixed_scratch,
+    pad32,
+    pieces,
+    split_constants,
+)
+from orchestrator.plan.types import Ask, Candidate, DeviceBytes
+
+HOST_RUNTIME = 3000 * MIB  # the engine's process before any weight: CUDA libraries, torch, the extension
+CACHE_BITS = (16, 8, 6, 4)
+_QUERY = 8  # tokens per sequence that the generator keeps logits for, in host memory
+
+
+@dataclass
+class _Share:
+    """What one GPU gets."""
+
+    gpu: Gpu
+    reserve: int
+    weights: int = 0
+    cache: int = 0
+    scratch: int = 0
+
+    @property
+    def used(self) -> int:
+        return self.weights + self.cache + self.scratch
+
+
+def estimate(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
+    """Where everything goes, and whether it fits, with the largest context up to the one asked for.
+
+    Raises:
+        ConfigError: a setting of the engine's that it cannot have.
+    """
+    settings = _Settings.read(ask, hardware)
+    wanted = ask.max_context if ask.max_context is not None else min(ask.goal, spec.max_context)
+    best = _place(spec, hardware, ask, settings, wanted)
+    if best.fits or ask.max_context is not None:
+        return best
+    low, high = 0, wanted  # the largest context that fits lies between; low always fits, or is 0
+    while high - low > PAGE:
+        middle = (low + high) // 2 // PAGE * PAGE or PAGE
+        tried = _place(spec, hardware, ask, settings, middle)
+        if tried.fits:
+            low, best = middle, tried
+        else:
+            high = middle
+    return best
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The engine's own settings, checked."""
+
+    head_bits: int
+    cache_bits: int
+    split: tuple[float, ...]  # GiB; empty: automatic
+
+    @classmethod
+    def read(cls, ask: Ask, hardware: Hardware) -> _Settings:
+        head_bits = ask.settings.get("quant.head_bits", 6)
+        if head_bits not in HEAD:
+            raise ConfigError(f"quant.head_bits={head_bits} is not one of {', '.join(map(str, HEAD))}")
+        cache_bits = ask.settings.get("cache.bits", 16)
+        if cache_bits not in CACHE_BITS:
+            raise ConfigError(f"cache.bits={cache_bits} is not one of {', '.join(map(str, CACHE_BITS))}")
+        _check_calibration(ask.settings)
+        return cls(head_bits, cache_bits, _split(ask.settings.get("parallel.gpu_split", "auto"), hardware))
+
+
+def _check_calibration(settings: dict[str, Any]) -> None:
+    file, rows = settings.get("quant.calibration.file"), settings.get("quant.calibration.rows")
+    length, measurement = settings.get("quant.calibration.length"), settings.get("quant.measurement")
+    for key, path in (("quant.calibration.file", file), ("quant.measurement", measurement)):
+        if path is not None and not Path(path).expanduser().is_file():
+            raise ConfigError(f"{key}={path} is not a file")
+    if file is not None and not str(file).endswith(".parquet"):
+        raise ConfigError(f"quant.calibration.file={file}: exllamav2 reads .parquet only")
+    if rows is not None and file is None:
+        raise ConfigError("quant.calibration.rows counts rows of quant.calibration.file, and none is set")
+    if rows is not None and rows < 1:
+        raise ConfigError(f"quant.calibration.rows={rows}: at least 1 is needed")
+    if length is not None and (length < 128 or length % 128):
+        raise ConfigError(f"quant.calibration.length={length} is not a multiple of 128 tokens")
+
+
+def _split(value: Any, hardware: Hardware) -> tuple[float, ...]:
+    """parallel.gpu_split as GiB per GPU; empty for "auto"."""
+    if value == "auto":
+        return ()
+    if (
+        not isinstance(value, list | tuple)
+        or not value
+        or not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < math.inf for x in value)
+        or not any(value)
+    ):
+        raise ConfigError(
+            f"parallel.gpu_split={value} is neither auto nor a list of GiB", "Type: 'parallel.gpu_split=[22,24]'"
+        )
+    if len(value) > len(hardware.gpus):
+        raise ConfigError(
+            f"parallel.gpu_split={list(value)} is for {len(value)} GPUs, and there are {len(hardware.gpus)}",
+            "Give one number of GiB for each GPU.",
+        )
+    return tuple(float(x) for x in value)
+
+
+def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, settings: _Settings, context: int) -> Candidate:
+    quantized = ask.method != "none"
+    parts = pieces(spec, ask.bits, settings.head_bits, quantized, context)
+    tokens = round_up(context) * ask.max_in_flight
+    per_layer, per_gpu = cache_bytes(spec, settings.cache_bits)
+    kv = math.ceil(per_layer * tokens)
+    fixed = fixed_scratch(spec, context, quantized) + per_gpu * tokens
+    reasons: list[str] = []
+    if settings.split:
+        shares = [_Share(gpu, 0) for gpu in hardware.gpus[: len(settings.split)]]
+        reasons += _by_hand(shares, parts, settings.split, split_constants(spec, context), kv, fixed)
+    else:
+        reserves = [RESERVE_FIRST, *[RESERVE_OTHERS] * len(hardware.gpus)]
+        shares = [_Share(gpu, r) for gpu, r in zip(hardware.gpus, reserves, strict=False)]
+        _automatic(shares, parts, kv, fixed)
+        shares = shares[: max((i + 1 for i, s in enumerate(shares) if s.used), default=1)]
+    gpus = tuple(
+        DeviceBytes(f"cuda:{s.gpu.index}", s.weights, s.cache, s.scratch, CONTEXT_BYTES, s.gpu.free) for s in shares
+    )
+    embedding = embedding_bytes(spec)
+    logits = 4 * _QUERY * ask.max_in_flight * pad32(spec.vocab)
+    host = DeviceBytes("cpu", embedding, 0, logits, HOST_RUNTIME, hardware.host_available)
+    over = [d for d in (*gpus, host) if d.total > d.capacity]
+    reasons += [f"{d.device} needs {d.total / GIB:.2f} GiB and has {d.capacity / GIB:.2f} GiB free" for d in over]
+    group = "+".join(gpu.device for gpu in gpus)
+    return Candidate(
+        backend=ask.backend,
+        method=ask.method,
+        bits=ask.bits,
+        dtype=ask.dtype,
+        double_quant=False,
+        fits=not reasons and context > 0,
+        reasons=tuple(reasons),
+        max_context=context,
+        max_in_flight=ask.max_in_flight,
+        gpus=gpus,
+        host=host,
+        device_map={"": group, "model.embed_tokens": "cpu"},
+        weights={"cpu": embedding, group: sum(gpu.weights for gpu in gpus)},
+        gpu_split=settings.split,
+        cache_bits=settings.cache_bits,
+    )
+
+
+def _automatic(shares: list[_Share], parts: Sequence[Piece], kv: int, fixed: int) -> None:
+    """Fills the GPUs in order, as load_autosplit does; what is over stays on the last one, which then does not fit."""
+    at = 0
+    for part in parts:
+        need = part.weights + (kv if part.cached else 0)
+        while True:
+            share = shares[at]
+            first = 0 if share.scratch else fixed + share.reserve + RESERVE_FILLING
+            room = share.gpu.free - CONTEXT_BYTES
+            if at == len(shares) - 1 or share.used + first + need <= room:
+                break
+            at += 1
+        share.scratch += first
+        share.weights += part.weights
+        share.cache += kv if part.cached else 0
+
+
+def _by_hand(
+    shares: list[_Share],
+    parts: Sequence[Piece],
+    split: Sequence[float],
+    constants: tuple[int, int],
+    kv: int,
+    fixed: int,
+) -> list[str]:
+    """Fills the GPUs as `load(gpu_split)` does, which leaves the cache out of account; returns why it cannot."""
+    once, attention = constants
+    left = [size * GIB - once for size in split]
+    scratch, reserved = [0] * len(split), [0] * len(split)
+    at = 0
+    for part in parts:
+        while True:
+            wants, fixed_attention = max(part.scratch, scratch[at]), attention if part.cached else reserved[at]
+            if part.footprint + wants + fixed_attention <= left[at]:
+                break
+            if at == len(split) - 1:
+                total = sum(p.footprint for p in parts)
+                return [
+                    f"parallel.gpu_split={[float(f'{s:g}') for s in split]} has no room for the weights "
+                    f"({total / GIB:.2f} GiB) and the scratch of each GPU"
+                ]
+            at += 1
+        scratch[at], reserved[at] = wants, fixed_attention
+        left[at] -= part.footprint
+        shares[at].scratch = fixed
+        shares[at].weights += part.weights
+        shares[at].cache += kv if part.cached else 0
+    return []

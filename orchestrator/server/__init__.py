@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server over one live session. Imported by task=serve only."""

@@ -1,0 +1,357 @@
+"""Merged safetensors to EXL2 by exllamav2's own converter: a measurement, and with it one model per width.
+
+Two artifacts: the measurement depends on the model and on the calibration only, so the next width reuses it; it is
+where nearly all of the time goes. The converter's working folder lies in the partial artifact, so that one that was
+killed goes on from its own last checkpoint (every three minutes).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.artifacts import MANIFEST, Artifact, Built, Recipe, Store, digest
+from orchestrator.backends.exl2_setup import visible_devices
+from orchestrator.backends.table import BACKENDS
+from orchestrator.checkpoint.carry import written_config
+from orchestrator.checkpoint.folder import Checkpoint, carried_files, fingerprint, open_checkpoint
+from orchestrator.checkpoint.trust import shown
+from orchestrator.config import Config, folder
+from orchestrator.engine.interpreters import require
+from orchestrator.errors import ConfigError, EngineUnavailableError
+from orchestrator.hardware import nvml_gpus
+from orchestrator.pipeline import Model
+from orchestrator.plan.exl2_sizes import head_file_bytes, pad32
+from orchestrator.plan.types import Candidate
+from orchestrator.report.console import note, size, steps
+from orchestrator.runfolder import RunFolder
+from orchestrator.stages.converter import Failure, convert
+from orchestrator.stages.exl2_result import Linears, NotWhole, judge_measurement, judge_model
+
+VERSION = "1"
+"""Of both stages: part of an artifact's key, to be raised when the same inputs give other files."""
+
+MODULE = "exllamav2.conversion.convert_exl2"
+_JOB = "job_new.json"  # exllamav2's own record of how far it is
+_LENGTH = 2048  # tokens of a calibration row: its own default
+_ROWS = {"measure": 19, "quantize": 115}  # of the calibration data that ship with it
+_FILE_ROWS, _FILE_MEASURED = 100, 16  # of a file: its own defaults
+_HEAD_BITS = 6
+_STATUS_S = 2.0  # between two updates of status.json
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Everything that a conversion needs to know."""
+
+    config: Config
+    source: Checkpoint
+    chosen: Candidate
+    run: RunFolder
+    python: str
+    length: int
+
+    @property
+    def head_bits(self) -> int:
+        return self.config.quant.head_bits or _HEAD_BITS
+
+
+def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) -> Model:
+    """The stage: the EXL2 model of a request, and the measurement where it had to be made.
+
+    Raises:
+        EngineUnavailableError: exllamav2 or a GPU is not here.
+        ConfigError: settings that do not go with this model.
+        StageError: the converter made no whole result; its last error is in the message.
+        DoesNotFitError: it ran out of GPU memory, or the disk has too little room.
+    """
+    source = open_checkpoint(model.path)
+    if chosen.method != "exl2":
+        _check_rope(source)
+        return model
+    length = _length(config, source)
+    store = Store(folder(config.paths.artifacts))
+    inputs = _inputs(model, source)
+    measurement = _measurement_recipe(config, inputs, length)
+    recipe = Recipe(
+        "exl2",
+        VERSION,
+        {"bits": chosen.bits, "head_bits": config.quant.head_bits or _HEAD_BITS},
+        inputs | {"measurement": measurement.name if measurement else _file_input(config.quant.measurement)},
+    )
+    made: list[tuple[Artifact, bool]] = []
+    if store.find(recipe) is None:
+        # Only now: a model that is there needs neither the converter nor a GPU.
+        python = require(BACKENDS[chosen.backend], config, "cuda")
+        if not nvml_gpus()[0]:
+            raise EngineUnavailableError("the conversion to EXL2 needs a CUDA GPU, and there is none here")
+        work = _Work(config, source, chosen, run, python, length)
+        measured = _measured(store, work, measurement, made)
+        made.append(_build(store, recipe, lambda out: _quantize(work, out, measured), _model_bytes(work), work))
+    else:
+        made.append(_build(store, recipe, _never, 0, None))
+    artifacts = tuple(artifact for artifact, _ in made)
+    built = tuple(artifact.name for artifact, now in made if now)
+    return Model(artifacts[-1].path, (*model.artifacts, *artifacts), (*model.built, *built))
+
+
+def _check_rope(source: Checkpoint) -> None:
+    """exllamav2 reads the old rope keys only, and takes a theta of 10000 where there are none."""
+    if written_config(source.config, "") != source.config and "rope_theta" not in source.config:
+        raise ConfigError(
+            f"{shown(source.path, 400)}/config.json has rope_parameters, which exllamav2 does not read",
+            "Add convert.dtype=float16: the copy that is made has both forms.",
+        )
+
+
+def _length(config: Config, source: Checkpoint) -> int:
+    """Tokens of a calibration row: no more than the model's positions, in whole pieces of 128 (its shuffled rows)."""
+    positions = source.config.get("max_position_embeddings")
+    most = positions if isinstance(positions, int) and positions > 0 else _LENGTH
+    asked = config.quant.calibration.length
+    if asked is not None and asked > most:
+        raise ConfigError(f"quant.calibration.length={asked} is more than the model's {most} positions")
+    length = asked or min(_LENGTH, most) // 128 * 128
+    if length < 128:
+        raise ConfigError(f"the model has {most} positions, and a calibration row has 128 tokens at least")
+    return length
+
+
+def _inputs(model: Model, source: Checkpoint) -> dict[str, Any]:
+    """What the model is: our own artifact by its name, which is its key; a folder of the user's by its files."""
+    return {"model": model.artifacts[-1].name if model.artifacts else fingerprint(source)}
+
+
+def _file_input(path: str | None) -> dict[str, Any]:
+    assert path is not None
+    file = folder(path)
+    return {"size": file.stat().st_size, "blake2b": digest(file)}
+
+
+def _measurement_recipe(config: Config, inputs: dict[str, Any], length: int) -> Recipe | None:
+    """The recipe of the measurement; None where the user gave one."""
+    if config.quant.measurement is not None:
+        return None
+    calibration = config.quant.calibration
+    options: dict[str, Any] = {"length": length}
+    if calibration.file is not None:
+        options["rows"] = calibration.rows or _FILE_ROWS
+        inputs = inputs | {"calibration": _file_input(calibration.file)}
+    return Recipe("measurement", VERSION, options, inputs)
+
+
+def _measured(store: Store, work: _Work, recipe: Recipe | None, made: list[tuple[Artifact, bool]]) -> Path:
+    """The measurement file: the user's, the store's, or one that is made now."""
+    if recipe is None:
+        path = folder(str(work.config.quant.measurement))
+        try:
+            judge_measurement(path, work.source)
+        except NotWhole as error:
+            raise ConfigError(f"quant.measurement={path} is not of this model: it {error}") from None
+        return path
+    made.append(_build(store, recipe, lambda out: _measure(work, out), _states_bytes(work, "measure"), work))
+    return made[-1][0].path / "measurement.json"
+
+
+def _build(
+    store: Store, recipe: Recipe, make: Callable[[Path], Built], needed: int, work: _Work | None
+) -> tuple[Artifact, bool]:
+    started = time.monotonic()
+    artifact, built = store.build(
+        recipe,
+        make=make,
+        needed=0 if store.find(recipe) else needed,
+        unchanged=lambda: work is None or fingerprint(open_checkpoint(work.source.path)) == fingerprint(work.source),
+        waiting=lambda: note(f"waiting for another run that builds {recipe.name}"),
+    )
+    how = f"{size(artifact.size)} in {time.monotonic() - started:.1f} s" if built else "found, nothing to build"
+    note(f"{recipe.stage}: {how} -> {artifact.path}")
+    return artifact, built
+
+
+def _never(out: Path) -> Built:
+    raise AssertionError(f"{out}: it was there a moment ago")
+
+
+def _measure(work: _Work, out: Path) -> Built:
+    """Builds the measurement artifact."""
+    result = out / "measurement.json"
+    job = _Job(work, "measure", out / "work", result)
+    job.arguments += ["-om", str(result), "-l", str(work.length), "-ml", str(work.length), *_calibration(work)]
+    report = job.done(lambda: judge_measurement(result, work.source))
+    return Built(report | {"source": str(work.source.path), "length": work.length}, {})
+
+
+def _quantize(work: _Work, out: Path, measurement: Path) -> Built:
+    """Builds the EXL2 artifact: the model's files at the top of the partial folder, where a reader expects them."""
+    result = out / "result"
+    job = _Job(work, "quantize", out / "work", result)
+    job.arguments += ["-cf", str(result), "-m", str(measurement), "-b", str(work.chosen.bits)]
+    job.arguments += ["-hb", str(work.head_bits), "-l", str(work.length), *_calibration(work)]
+
+    def judge() -> dict[str, Any]:
+        # Also what an earlier, killed process has moved already.
+        _move_up(result, out)
+        return judge_model(out, work.source, work.chosen.bits, work.head_bits)
+
+    report = job.done(judge)
+    return Built(report | {"source": str(work.source.path), "length": work.length}, {})
+
+
+def _move_up(result: Path, out: Path) -> None:
+    """The finished model's files; not the source's index, which names other shards, nor its manifest."""
+    if not result.is_dir():
+        return
+    finished = [file for file in sorted(result.iterdir()) if "_temp_" not in file.name]
+    for file in finished:
+        if file.name.endswith(".index.json") or file.name == MANIFEST:
+            file.unlink()
+        else:
+            file.replace(out / file.name)
+
+
+def _calibration(work: _Work) -> list[str]:
+    calibration = work.config.quant.calibration
+    if calibration.file is None:
+        return []
+    rows = calibration.rows or _FILE_ROWS
+    return ["-c", str(folder(calibration.file)), "-r", str(rows), "-mr", str(min(rows, _FILE_MEASURED))]
+
+
+class _Job:
+    """One run of the converter in a folder, continued where that folder has a usable job of its own."""
+
+    def __init__(self, work: _Work, what: str, where: Path, result: Path) -> None:
+        self._work = work
+        self._what = what
+        self._where = where
+        self._result = result
+        self._input = where.parent / "input"
+        self.arguments = ["-i", str(self._input), "-o", str(where), "-so"]
+
+    def done(self, judge: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Runs it unless its result is there already; the report of the result.
+
+        Raises:
+            StageError, DoesNotFitError: there is no whole result, with why.
+        """
+        state = self._state()
+        if state != "finished":
+            self._clear(everything=not state)
+            failure = self._run(state)
+        else:
+            failure = None
+        try:
+            report = judge()
+        except NotWhole as error:
+            if failure is None:  # it says that it is finished, and it is not
+                log.warning("%s: finished, but it %s: begun anew", self._where, error)
+                self._clear(everything=True)
+                return self.done(judge)
+            raise failure.error(str(error)) from None
+        for path in (self._where, self._input, *(p for p in (self._result,) if p.is_dir())):
+            shutil.rmtree(path, ignore_errors=True)
+        return report
+
+    def _state(self) -> str:
+        """How far an earlier run came ("" where it cannot be continued): its own job file tells."""
+        try:
+            job = json.loads((self._where / _JOB).read_text(encoding="utf-8"))
+            ours = job["in_dir"] == str(self._input) and "invalid" not in job
+            target = job["output_measurement" if self._what == "measure" else "compile_full"]
+            return str(job["progress"]) if ours and target == str(self._result) else ""
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError, KeyError, TypeError) as error:  # killed while it was written
+            log.warning("%s cannot be continued (%s): begun anew", self._where / _JOB, error)
+            return ""
+
+    def _clear(self, everything: bool) -> None:
+        """Removes what a killed run left: the half result always, its working folder where it is of no use."""
+        for path in (self._result, *((self._where,) if everything else ())):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        for file in self._where.parent.iterdir():
+            if file.is_file() and file.name != MANIFEST:
+                file.unlink()
+        self._where.mkdir(exist_ok=True)
+
+    def _run(self, state: str) -> Failure:
+        work = self._work
+        _link_input(work.source, self._input)
+        title = {"measure": "measuring", "quantize": f"quantizing to {work.chosen.bits:g} bits"}[self._what]
+        if state:
+            note(f"{title}: going on where an earlier run stopped ({state})")
+        gpus = [gpu for gpu in work.chosen.gpus if gpu.device.startswith("cuda:")]
+        capped = work.config.hardware.memory_gib is not None
+        with _progress(work.run, title) as show:
+            return convert(
+                work.python,
+                MODULE,
+                self.arguments,
+                work.run.path / "convert.log",
+                show,
+                env={
+                    "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
+                    "CUDA_VISIBLE_DEVICES": visible_devices([gpu.device for gpu in gpus], os.environ),
+                    "HF_HUB_OFFLINE": "1",
+                },
+                limits=[gpu.capacity for gpu in gpus] if capped else (),
+            )
+
+
+def _link_input(source: Checkpoint, where: Path) -> None:
+    """The model as exllamav2 has to see it: old rope keys, nothing that is not the model's (it takes all there is)."""
+    shutil.rmtree(where, ignore_errors=True)
+    where.mkdir()
+    for file in (*source.files, *carried_files(source.path)):
+        (where / file.name).symlink_to(file.resolve())
+    config = written_config(source.config, "")
+    (where / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _progress(run: RunFolder, title: str) -> Iterator[Callable[[str, float], None]]:
+    """The converter's status lines as a bar, and in status.json."""
+    said = 0.0
+    run.status(title)
+    with steps(title) as show:
+
+        def on_status(stage: str, done: float) -> None:
+            nonlocal said
+            show(done, stage)
+            if time.monotonic() - said > _STATUS_S:
+                said = time.monotonic()
+                run.status(title, stage=stage, completion=done)
+
+        yield on_status
+
+
+def _states_bytes(work: _Work, what: str) -> int:
+    """The hidden states of the calibration rows on the disk, twice while they are replaced, and the rest."""
+    asked = work.config.quant.calibration.rows
+    rows = _ROWS[what] if work.config.quant.calibration.file is None else (asked or _FILE_ROWS)
+    hidden = next(iter(Linears.of(work.source).layers.values()))[1]
+    return 2 * rows * work.length * hidden * 2 + 2**24
+
+
+def _model_bytes(work: _Work) -> int:
+    """The finished model, once in pieces and once whole, and the hidden states."""
+    linears = Linears.of(work.source)
+    layers = math.ceil(sum(pad32(out) * rows for out, rows in linears.layers.values()) * work.chosen.bits / 8)
+    vocab, hidden = linears.head
+    head = head_file_bytes(hidden, pad32(vocab), work.head_bits)
+    return 2 * (layers + head) + 2 * vocab * hidden + _states_bytes(work, "quantize")
