@@ -101,13 +101,12 @@ class Pins:
 
     `#: no-deps`: the list is complete. It is installed without what its packages ask for beside it, because one
     of them asks for a package that must not be there.
-    `#: fallback-index URL`: where pip looks too, if the usual indexes lack something. Not always: an index that
-    cannot be reached would cost a minute per package.
+    `#: hint TEXT`: what to do where it cannot be installed as it is.
     """
 
     path: Path
     no_deps: bool
-    fallback_index: str | None
+    hint: str
 
     @classmethod
     def read(cls, name: str) -> Pins:
@@ -120,7 +119,7 @@ class Pins:
             if line.startswith("#:")
             for word, _, value in [line[2:].strip().partition(" ")]
         }
-        return cls(path, "no-deps" in options, options.get("fallback-index"))
+        return cls(path, "no-deps" in options, options.get("hint", ""))
 
 
 def known() -> list[str]:

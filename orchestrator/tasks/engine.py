@@ -76,8 +76,8 @@ def _make(made: Path, pins: Pins, run: RunFolder) -> None:
         else [uv, "venv", "--python", sys.executable, str(made)],
         run,
     )
-    _install(install_command(pins, python, uv), pins, uv, run)
-    _check(name, python)
+    _run(install_command(pins, python, uv), run, pins.hint)
+    _check(pins, python)
     seconds = round(time.monotonic() - started, 1)
     write_json(made / MANIFEST, {"name": name, "pins": digest(pins.path), "seconds": seconds})
 
@@ -92,43 +92,26 @@ def install_command(pins: Pins, python: Path, uv: str | None) -> list[str]:
     return [*installer, *(["--no-deps"] if pins.no_deps else []), "-r", str(pins.path)]
 
 
-def fallback_options(pins: Pins, uv: str | None) -> list[str]:
-    """What to add to the command where the usual indexes lack something; empty where nothing helps."""
-    if pins.fallback_index is None:
-        return []
-    # uv takes a package from the first index that has any version of it, unless told otherwise.
-    strategy = [] if uv is None else ["--index-strategy", "unsafe-best-match"]
-    return ["--extra-index-url", pins.fallback_index, *strategy]
-
-
-def _install(command: list[str], pins: Pins, uv: str | None, run: RunFolder) -> None:
-    more = fallback_options(pins, uv)
-    try:
-        _run(command, run)
-    except StageError:
-        if not more:
-            raise
-        note(f"the usual package indexes do not have all of it: once more with {pins.fallback_index}")
-        _run([*command, *more], run)
-
-
-def _run(command: list[str], run: RunFolder) -> None:
+def _run(command: list[str], run: RunFolder, hint: str = "") -> None:
     log_path = run.path / "install.log"
     with log_path.open("ab") as out:
         done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     if done.returncode:
         lines = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         errors = [line for line in lines if "error" in line.lower()] or lines or ["it said nothing"]
-        raise StageError(f"the installation failed: {errors[-1].strip()[:300]}", f"Its log: {log_path}")
+        raise StageError(
+            f"the installation failed: {errors[-1].strip()[:300]}", f"{hint}{' ' * bool(hint)}Its log: {log_path}"
+        )
 
 
-def _check(name: str, python: Path) -> None:
+def _check(pins: Pins, python: Path) -> None:
     """Imports what its backends need: a package can be there and broken by another one."""
+    name = pins.path.stem
     packages = sorted({package for backend in backends_of(name) for package in backend.packages})
     done = subprocess.run([python, "-c", f"import {', '.join(packages)}"], capture_output=True, text=True)
     if done.returncode:
         words = done.stderr.strip().splitlines()[-1]
-        raise EngineUnavailableError(f"{name} was installed and cannot be imported: {words}")
+        raise EngineUnavailableError(f"{name} was installed and cannot be imported: {words}", pins.hint)
 
 
 def _list(config: Config) -> None:

@@ -29,7 +29,7 @@ from orchestrator.errors import ConfigError, EngineUnavailableError
 from orchestrator.hardware import GIB, MIB, Gpu, Hardware
 from orchestrator.plan.planner import make_plan, runnable
 from orchestrator.plan.types import Candidate
-from orchestrator.tasks.engine import fallback_options, install_command
+from orchestrator.tasks.engine import install_command
 
 WIDE = Llama(hidden=256, heads=4, kv_heads=4, intermediate=512, vocab=4100)
 GROUPED = Llama(hidden=256, heads=4, kv_heads=2, intermediate=512, tied=True)
@@ -247,12 +247,11 @@ def test_a_complete_list_is_installed_without_what_its_packages_ask_for() -> Non
     python = Path("/e/bin/python")
     assert "--no-deps" in install_command(pins, python, None)
     assert install_command(pins, python, "uv")[:4] == ["uv", "pip", "install", "--python"]
-    assert fallback_options(pins, None) == ["--extra-index-url", pins.fallback_index]
-    assert "unsafe-best-match" in fallback_options(pins, "uv")
+    assert "CPU build of torch" in pins.hint
 
 
 def test_an_ordinary_list_is_installed_with_what_its_packages_ask_for() -> None:
     pins = interpreters.Pins.read("transformers")
     assert not pins.no_deps
-    assert fallback_options(pins, None) == []
+    assert pins.hint == ""
     assert "--no-deps" not in install_command(pins, Path("/e/bin/python"), None)
