@@ -143,7 +143,7 @@ def test_the_least_loss_that_fits_comes_first(specs: dict[Llama, ModelSpec]) -> 
     assert all(c.fits for c in plan.candidates)
 
 
-@pytest.mark.parametrize(("gib", "method"), [(80, "none"), (24, "none"), (12, "int8"), (7, "nf4")])
+@pytest.mark.parametrize(("gib", "method"), [(80, "none"), (24, "none"), (12, "int8"), (7, "exl2")])
 def test_a_7b_takes_what_its_card_has_room_for(specs: dict[Llama, ModelSpec], gib: float, method: str) -> None:
     chosen = best(specs[LLAMA_7B], cards(1, gib), "model.max_context=512", "run.in_flight=1")
     assert chosen.fits
@@ -201,7 +201,8 @@ def test_what_was_asked_for_is_what_is_chosen(
 )
 def test_the_dtype_follows_the_card(specs: dict[Llama, ModelSpec], capability: tuple[int, int], dtype: str) -> None:
     plan = make_plan(composed(), specs[SMALL], cards(1, capability=capability))
-    assert {c.dtype for c in plan.candidates} == {dtype}
+    assert {c.dtype for c in plan.candidates if c.backend != "exllamav2"} == {dtype}
+    assert {c.dtype for c in plan.candidates if c.backend == "exllamav2"} == {"float16"}  # it computes in nothing else
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_what_no_engine_has_is_refused_with_what_they_have(specs: dict[Llama, Mo
         best(specs[SMALL], cpu(), *argv)
     message = str(caught.value)
     assert all(part.partition("=")[2] in message for part in argv)
-    assert "none at 16 bits" in message
+    assert "none at 16 or 32 bits" in message
 
 
 def test_the_plan_as_json_has_the_documented_fields(specs: dict[Llama, ModelSpec]) -> None:
@@ -408,11 +409,12 @@ def test_an_engine_asked_for_and_not_installed_is_told_with_the_line_to_type(
     specs: dict[Llama, ModelSpec], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(interpreters, "missing_here", lambda b: ["torch"])
-    for backend in BACKENDS:
-        config = composed(f"backend={backend}", f"paths.engines={tmp_path}")
-        plan: Plan = make_plan(config, specs[SMALL], cpu())
-        with pytest.raises(EngineUnavailableError, match=f"task=engine engine.name={backend}") as caught:
-            runnable(plan, config, cpu())
+    for backend in BACKENDS.values():
+        machine = cpu() if "cpu" in backend.devices else cards(1, 24)
+        config = composed(f"backend={backend.name}", f"paths.engines={tmp_path}")
+        plan: Plan = make_plan(config, specs[SMALL], machine)
+        with pytest.raises(EngineUnavailableError, match=f"task=engine engine.name={backend.name}") as caught:
+            runnable(plan, config, machine)
         assert caught.value.exit_code == 4
 
 
