@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from orchestrator import __version__
 from orchestrator.errors import ConfigError, DoesNotFitError, OrchestratorError, RequestError, Terminated
 
 if TYPE_CHECKING:
@@ -39,19 +41,34 @@ def conf_folder() -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and returns its exit code (see orchestrator.errors)."""
     argv = sys.argv[1:] if argv is None else argv
+    _check_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
+        if "--version" in argv:
+            print(f"orchestrator {__version__}")
+            return 0
         return _hydra(argv)
     except OrchestratorError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # everything is closed: a second Ctrl-C has nothing to stop
+        print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has gone: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _check_streams() -> None:
+    """Streams that were closed (>&-) are nowhere; what a stream's encoding lacks is shown as "?", not an error."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -67,6 +84,10 @@ def _hydra(argv: list[str]) -> int:
     from orchestrator.config import Config
     from orchestrator.overrides import prepare
 
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise RequestError("the current folder has been removed", "Change to another one.") from None
     conf = conf_folder()
     ConfigStore.instance().store(name="config_schema", node=Config)
     sys.argv = [sys.argv[0], *prepare(argv, conf)]
@@ -113,9 +134,14 @@ def _multirun() -> bool:
 def _one_line(error: Exception) -> str:
     cause = error.__cause__ if error.__cause__ is not None else error
     lines = [line.strip() for text in (str(error), str(cause)) for line in text.splitlines() if line.strip()]
-    noise = ("full_key:", "object_type=", "reference_type=", "See https", "LexerNoViableAlt")
-    kept = [line for line in dict.fromkeys(lines) if not line.startswith(noise)]
-    return " ".join(kept[:2])
+    noise = ("full_key:", "object_type=", "reference_type=", "See https", "LexerNoViableAlt", "To append to your")
+    kept = [line for line in dict.fromkeys(lines) if not line.startswith(noise) and line.strip("^ ")]
+    text = " ".join(kept[:2])
+    if text.startswith("Ambiguous value"):
+        return f"{kept[0].partition(chr(10))[0]}: several values need -m, which makes a run of each"
+    if not text or "token recognition error" in text or "viable alternative" in text or "mismatched input" in text:
+        return f"{text or 'a value cannot be read'}: put quotes around texts and paths inside a list, 'model.adapters=[{{path: \"~/lora\"}}]'"
+    return text
 
 
 def run_job(tree: DictConfig) -> None:
@@ -131,6 +157,8 @@ def run_job(tree: DictConfig) -> None:
         try:
             tree = folder.configuration(tree)
             config = from_hydra(tree)
+            if config.task.name not in TASKS:
+                raise ConfigError(f"task.name={config.task.name} is not one of {', '.join(TASKS)}")
             module, function = TASKS[config.task.name].split(":")
             getattr(importlib.import_module(module), function)(config, folder)
         except DoesNotFitError as error:
@@ -141,6 +169,8 @@ def run_job(tree: DictConfig) -> None:
         except OrchestratorError as error:
             if multirun:
                 print(f"error: {error}", file=sys.stderr)
+            raise
+        except BrokenPipeError:
             raise
         except Exception as error:  # a bug of ours: said as one, with the traceback where it can be found
             logging.getLogger(__name__).exception("internal error")

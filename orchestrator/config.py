@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -328,6 +329,10 @@ def _check_hardware(config: Config) -> Iterator[str]:
     hardware = config.hardware
     if hardware.profile not in ("auto", "cpu") and hardware.cards is None:
         yield f"hardware.profile={hardware.profile} is not auto or cpu; a named profile is chosen by hardware=4x24gb"
+    if hardware.cards is not None and hardware.profile in ("auto", "cpu"):
+        yield "hardware.cards belongs to a named profile: hardware=4x24gb (hardware.gpus=[0,1] chooses GPUs)"
+    if hardware.gpus is not None and len(set(hardware.gpus)) < len(hardware.gpus):
+        yield f"hardware.gpus={hardware.gpus} names a GPU twice"
     if hardware.cards is not None and not 1 <= hardware.cards <= 1024:
         yield f"hardware.cards={hardware.cards} is out of range: 1 to 1024"
 
@@ -335,6 +340,9 @@ def _check_hardware(config: Config) -> Iterator[str]:
 def _check_model(config: Config) -> Iterator[str]:
     if config.model.adapter and len(config.model.adapters) > 1:
         yield "model.adapter and model.adapters are both set: give all of them as model.adapters"
+    for adapter in config.model.adapters:
+        if not math.isfinite(adapter.weight) or adapter.weight == 0:
+            yield f"the weight {adapter.weight:g} of the adapter {adapter.path} is not a number other than 0"
     if not config.model.merge:
         yield "model.merge=false (an adapter on top of its base) is not run by any backend of this version"
     if config.merge.base != "original":
@@ -395,4 +403,4 @@ def parse_size(text: str) -> int:
 
 def folder(path: str) -> Path:
     """A path of the configuration: ~ expanded, absolute."""
-    return Path(path).expanduser().absolute()
+    return Path(os.path.expanduser(path)).absolute()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from orchestrator.errors import ConfigError, RequestError
 
 # Hydra's own flags that take a value of their own.
 FLAGS_WITH_VALUE = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p"}
+FLAGS = {"--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"}
+FLAGS |= {"--shell-completion", "-sc"}
 FLAGS_WITH_VALUE |= {"--cfg", "-c", "--info", "-i", "--experimental-rerun"}
 
 # Their values are taken as they stand: prompts have commas and quotes, paths have "=" and blanks.
@@ -31,6 +34,7 @@ VERBATIM = {
     "server.api_key",
 }
 TEXTS = {"prompts.text", "server.api_key"}  # those that are no paths
+PATH_KEYS = tuple(sorted(VERBATIM - TEXTS))
 WITH_RESUME = ("run.", "paths.", "hydra.")  # what may be said beside run.resume
 OPEN_KEYS = ("backend.engine_args.",)  # passed to the engine as they are
 
@@ -52,6 +56,8 @@ def prepare(argv: list[str], conf: Path) -> list[str]:
     typed: list[str] = []
     takes_value = False
     for argument in argv:
+        if not takes_value and argument.startswith("-"):
+            _check_flag(argument, conf)
         if takes_value or argument.startswith("-"):
             flags.append(argument)
             takes_value = not takes_value and argument in FLAGS_WITH_VALUE
@@ -59,15 +65,28 @@ def prepare(argv: list[str], conf: Path) -> list[str]:
             typed.append(argument)
             overrides.append(_override(argument, conf, multirun, own_groups))
     raw = {key: value for key, _, value in (argument.partition("=") for argument in typed)}
+    for key, value in (("run.resume", raw.get("run.resume", "null")), ("prompts.file", raw.get("prompts.file"))):
+        if multirun and value not in (None, "null") and (key == "run.resume" or value == "-"):
+            raise ConfigError(f"{key}={value} is for one run, and -m makes several", "Leave -m out.")
     return [*flags, *_resumed(overrides, raw)]
+
+
+def _check_flag(argument: str, conf: Path) -> None:
+    """Refuses an option that Hydra does not have, before it prints its usage."""
+    if argument.partition("=")[0] not in FLAGS | FLAGS_WITH_VALUE:
+        word = argument.lstrip("-").partition("=")[0]
+        raise ConfigError(f"{argument} is not an option", _what_was_meant(word, _groups(conf)))
+
+
+def _groups(conf: Path) -> dict[str, list[str]]:
+    """The configuration's groups and what each can be."""
+    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in conf.iterdir() if d.is_dir()}
 
 
 def _override(argument: str, conf: Path, multirun: bool, own_groups: bool) -> str:
     head, equals, value = argument.partition("=")
     key = head.lstrip("+~")
-    groups = {
-        folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in conf.iterdir() if folder.is_dir()
-    }
+    groups = _groups(conf)
     if key.startswith(("hydra.", "hydra/")):
         return argument
     if key.startswith(OPEN_KEYS):
@@ -82,7 +101,13 @@ def _override(argument: str, conf: Path, multirun: bool, own_groups: bool) -> st
             )
         return argument
     _check_key(key, head)
-    return argument if multirun or key not in VERBATIM else f"{head}={_quoted(key, value)}"
+    if key not in VERBATIM:
+        return argument
+    if not value and key not in TEXTS:
+        raise ConfigError(f"{key}= is empty", f"Leave it out, or write {key}=null.")
+    if multirun and key not in TEXTS and not Path(os.path.expanduser(value)).exists():
+        return argument  # several paths to sweep over
+    return f"{head}={_quoted(key, value)}"
 
 
 def _check_key(key: str, head: str) -> None:
@@ -110,13 +135,17 @@ def _quoted(key: str, value: str) -> str:
     if value in ("", "null") or (key == "prompts.text" and _is_list_or_string(value)):
         return value
     if key not in TEXTS and value.startswith("~"):
-        value = str(Path(value).expanduser())
-    # OmegaConf first: "${" would be an interpolation, and backslashes count before it. Then Hydra: a quote would
-    # end the string, and backslashes count before it and at the end.
-    value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)
+        value = os.path.expanduser(value)
+    # OmegaConf first. Then Hydra: a quote would end the string, and backslashes count before it and at the end.
+    value = literal(value)
     value = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", value)
     value = re.sub(r"(\\+)\Z", lambda found: found[1] * 2, value)
     return f"'{value}'"
+
+
+def literal(text: str) -> str:
+    """text so that OmegaConf takes it as it stands: "${" would be an interpolation, and backslashes count before it."""
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
 
 
 def _is_list_or_string(value: str) -> bool:

@@ -13,6 +13,10 @@ from orchestrator.errors import RequestError
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = dict[str, str]
+# What a line of answers.jsonl says itself; a prompt's other fields are carried over beside it.
+ANSWER_FIELDS = ("index", "answer", "finish_reason", "prompt_tokens", "completion_tokens", "ttft_s", "seconds")
+# Of a prompts file: is it an object a line? Where the suffix does not tell, as of standard input, the first line does.
+JSONL_SUFFIXES = {".jsonl": True, ".ndjson": True, ".json": True, ".txt": False}
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,7 @@ def read_prompts(config: Config, default: Path | None) -> list[Prompt]:
         source = "prompts.text"
     elif config.prompts.file == "-":
         source = "standard input"
-        try:
-            prompts = _parse(sys.stdin.read(), source, jsonl=None)
-        except UnicodeDecodeError as error:
-            raise RequestError(f"{source}: byte {error.start} is not UTF-8") from None
+        prompts = _parse(_decoded(sys.stdin.buffer.read(), source), source, jsonl=None)
     else:
         path = folder(config.prompts.file) if config.prompts.file is not None else default
         if path is None:
@@ -59,7 +60,7 @@ def read_prompts(config: Config, default: Path | None) -> list[Prompt]:
                 "Set prompts.text='...' or prompts.file=FILE (- for standard input), or task=chat.",
             )
         source = str(path)
-        prompts = _parse(_read(path), source, jsonl=path.suffix in (".jsonl", ".ndjson"))
+        prompts = read_file(path, JSONL_SUFFIXES.get(path.suffix.lower()))
     if not prompts or not any(prompt.text.strip() for prompt in prompts):
         raise RequestError(
             f"{source} holds no prompt", "A .txt file has a prompt a line, a .jsonl file an object a line."
@@ -67,13 +68,27 @@ def read_prompts(config: Config, default: Path | None) -> list[Prompt]:
     return prompts
 
 
+def read_file(path: Path, jsonl: bool | None) -> list[Prompt]:
+    """The prompts of a file; jsonl: is it an object a line? None: its first line tells.
+
+    Raises:
+        RequestError: it cannot be read, or a line is malformed.
+    """
+    return _parse(_read(path), str(path), jsonl)
+
+
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"prompts.file={path}: byte {error.start} is not UTF-8") from None
+        return _decoded(path.read_bytes(), f"prompts.file={path}")
     except OSError as error:
         raise RequestError(f"prompts.file={path}: {error.strerror}") from None
+
+
+def _decoded(data: bytes, source: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{source}: byte {error.start} is not UTF-8") from None
 
 
 def _parse(text: str, source: str, jsonl: bool | None) -> list[Prompt]:
@@ -87,11 +102,20 @@ def _parse(text: str, source: str, jsonl: bool | None) -> list[Prompt]:
 
 def _prompt(index: int, line: str, where: str) -> Prompt:
     try:
-        value = json.loads(line)
+        value = json.loads(line, parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, and no text
+    except UnicodeEncodeError:
+        raise RequestError(f"{where} holds half of a surrogate pair, which is no character") from None
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{where} is not JSON: {error}") from None
     if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
         raise RequestError(f'{where} needs either "prompt" or "messages"')
+    taken = [key for key in value if key in ANSWER_FIELDS]
+    if taken:
+        raise RequestError(
+            f"{where} has a field {taken[0]!r}, which the answer's line has too",
+            "Give it another name: it is carried over.",
+        )
     carried = {key: item for key, item in value.items() if key not in ("prompt", "messages")}
     if "prompt" in value:
         if not isinstance(value["prompt"], str):
@@ -101,6 +125,10 @@ def _prompt(index: int, line: str, where: str) -> Prompt:
     if not isinstance(messages, list) or not messages or not all(_is_message(item) for item in messages):
         raise RequestError(f'{where}: "messages" is a list of {{"role": {"|".join(ROLES)}, "content": text}}')
     return Prompt(index, messages, carried)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
 
 
 def _is_message(item: Any) -> bool:

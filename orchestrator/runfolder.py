@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -11,21 +12,59 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator import __version__
-from orchestrator.errors import ConfigError, OrchestratorError
+from orchestrator.config import folder
+from orchestrator.errors import ConfigError, OrchestratorError, RequestError
+from orchestrator.overrides import PATH_KEYS, literal
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON at once or not at all: a reader never sees half a file."""
+    _replace(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     with part.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def _resumed(tree: DictConfig, saved: Path) -> DictConfig:
+    """The configuration that a run was started with, and on top what was typed beside run.resume.
+
+    Raises:
+        ConfigError: it cannot be read, or is not whole.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    try:
+        values = yaml.safe_load(saved.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or not {"model", "task", "prompts"} <= set(values):
+            raise ConfigError(f"{saved} is not whole", "Start a new run.")
+        merged = OmegaConf.merge(tree, _literal(values))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{saved} cannot be read: {str(error).splitlines()[0]}") from None
+    for override in HydraConfig.get().overrides.task:
+        key = override.partition("=")[0].lstrip("+~")
+        OmegaConf.update(merged, key, OmegaConf.select(tree, key))
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _literal(value: Any) -> Any:
+    """Texts of a saved configuration as they stand: nothing in them is an interpolation."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return literal(value) if isinstance(value, str) else value
 
 
 class RunFolder:
@@ -42,17 +81,21 @@ class RunFolder:
             ConfigError: the resumed run's config.yaml cannot be read.
         """
         if tree.run.resume is not None:
-            saved = self.path / "config.yaml"
-            try:
-                merged = OmegaConf.merge(tree, OmegaConf.load(saved), {"run": tree.run, "paths": tree.paths})
-            except Exception as error:  # YAML and OmegaConf raise a family of their own each
-                raise ConfigError(f"{saved} cannot be read: {str(error).splitlines()[0]}") from None
-            assert isinstance(merged, DictConfig)
-            return merged
-        kept = tree.copy()
-        if kept.server.api_key is not None:  # a secret has no place in a folder that is passed around
-            kept.server.api_key = "(not kept)"
-        OmegaConf.save(kept, self.path / "config.yaml", resolve=True)
+            return _resumed(tree, self.path / "config.yaml")
+        kept = OmegaConf.to_container(tree, resolve=True)
+        assert isinstance(kept, dict)
+        if kept["server"]["api_key"] is not None:  # a secret has no place in a folder that is passed around
+            kept["server"]["api_key"] = "(not kept)"
+        for key in PATH_KEYS:  # a run can be resumed from anywhere
+            section, _, name = key.rpartition(".")
+            place: Any = kept
+            for part in section.split("."):
+                place = place[part]
+            if place[name] not in (None, "-") and (key != "backend.python" or "/" in place[name]):
+                place[name] = str(folder(place[name]))
+        for adapter in kept["model"]["adapters"]:
+            adapter["path"] = str(folder(adapter["path"]))
+        _replace(self.path / "config.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
         return tree
 
     def write(self, name: str, value: Any) -> None:
@@ -73,6 +116,11 @@ class RunFolder:
     def recorded(self) -> Iterator[None]:
         """Keeps run.log, and status.json to the end, whichever end it is."""
         handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
+        try:  # of a run that is resumed twice, or while it still runs
+            fcntl.flock(handler.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handler.close()
+            raise RequestError(f"{self.path} is being written by another process", "Wait for it to end.") from None
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root = logging.getLogger()
         root.addHandler(handler)

@@ -49,7 +49,7 @@ class Tokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=trust_remote_code
             )
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        except Exception as error:  # a stranger's files: what their reader raises has no limit
             message = str(error).strip().splitlines() or [type(error).__name__]
             raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {message[0]}") from error
         if chat_template is not None:
@@ -76,11 +76,9 @@ class Tokenizer:
         """
         if not self.has_template:
             return list(self._tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
-        from jinja2 import TemplateError
-
         try:
             text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a stranger's program: it can divide by zero
             raise ConfigError(f"the chat template refuses these messages: {error}") from None
         return self.encode_text(text)
 
@@ -89,5 +87,6 @@ def _template(value: str) -> str:
     path = folder(value)
     try:
         return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"model.chat_template={value}: {error.strerror}", "Give a Jinja file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ConfigError(f"model.chat_template={value}: {reason}", "Give a Jinja file.") from None

@@ -78,7 +78,7 @@ def why(chosen: Candidate, plan: Plan, config: Config) -> str:
     """The choice in one sentence."""
     others = [c for c in plan.candidates if c is not chosen]
     if not others:
-        return "the one that was asked for"
+        return "nothing else matches the request"
     if not any(c.fits for c in others):
         return "the only one that fits"
     better = [c for c in others if c.fits and _loss(c) < _loss(chosen)]
@@ -128,6 +128,8 @@ def _asks(config: Config, spec: ModelSpec, hardware: Hardware) -> Iterator[Ask]:
         for method, bits in _widths(config, backend, hardware):
             if method == "none" and any(key.startswith("quant.") for key in set_keys):
                 continue  # they say how to quantize
+            if config.quant.double and method not in ("nf4", "fp4"):
+                continue
             dtype = _dtype(config, backend, method, bits, hardware)
             if dtype is None:
                 continue

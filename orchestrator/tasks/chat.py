@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -58,7 +59,10 @@ def _ask() -> str | None:
         try:
             if sys.stdin.isatty():
                 import readline  # noqa: F401  (line editing and history for input)
-            return input("\n> " if sys.stdin.isatty() else "")
+            line = input("\n> " if sys.stdin.isatty() else "")
+            return line.encode(errors="replace").decode()  # bytes that are no UTF-8 come as half surrogate pairs
+        except UnicodeDecodeError as error:
+            note(f"byte {error.start} is not UTF-8")
         except EOFError:
             return None
         except Terminated:
@@ -86,12 +90,12 @@ def _save(argument: str, conversation: Conversation) -> None:
     if not argument:
         note("/save FILE")
         return
-    path = Path(argument).expanduser()
+    path = Path(os.path.expanduser(argument))
     try:
         path.write_text(json.dumps({"messages": conversation.messages}, ensure_ascii=False, indent=1) + "\n", "utf-8")
         note(f"saved {len(conversation.messages)} messages to {path}")
-    except OSError as error:
-        note(f"{path}: {error.strerror}")
+    except (OSError, ValueError) as error:
+        note(f"{path}: {error}")
 
 
 def _turn(session: Session, conversation: Conversation, text: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from orchestrator.artifacts import MANIFEST
@@ -14,6 +16,8 @@ from orchestrator.report.console import note
 from orchestrator.runfolder import RunFolder
 from orchestrator.tasks.session import look
 
+log = logging.getLogger(__name__)
+
 
 def convert(config: Config, run: RunFolder) -> None:
     """Merges and converts; with output.path a folder of the user's gets the files (hard links where possible).
@@ -21,7 +25,7 @@ def convert(config: Config, run: RunFolder) -> None:
     Raises:
         RequestError: output.path is there already and not empty.
     """
-    output = folder(config.output.path) if config.output.path is not None else None
+    output = folder(config.output.path).resolve() if config.output.path is not None else None
     if output is not None:
         _check_output(output)
     planned = look(config, planning=True)
@@ -45,10 +49,21 @@ def convert(config: Config, run: RunFolder) -> None:
 
 
 def _check_output(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"output.path={output} is a file", "Name a folder.")
-    if output.is_dir() and any(output.iterdir()):
-        raise RequestError(f"output.path={output} is not empty", "Name a new folder, or remove what is in it.")
+    """Refuses what cannot be written, before anything long."""
+    try:
+        if output.exists() and not output.is_dir():
+            raise ConfigError(f"output.path={output} is a file", "Name a folder.")
+        if output.is_dir() and any(output.iterdir()):
+            raise RequestError(f"output.path={output} is not empty", "Name a new folder, or remove what is in it.")
+        shutil.rmtree(_beside(output))
+    except OSError as error:
+        raise RequestError(f"output.path={output}: {error.strerror}") from None
+
+
+def _beside(output: Path) -> Path:
+    """A new, empty folder on the same disk."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
 
 
 def export(model: Model, output: Path) -> None:
@@ -57,21 +72,33 @@ def export(model: Model, output: Path) -> None:
     Raises:
         RequestError: it cannot be written there.
     """
-    part = output.with_name(f".{output.name}.part")
+    part = None
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        part = _beside(output)
         for source in sorted(p for p in model.path.iterdir() if p.is_file() and p.name != MANIFEST):
-            _link(source.resolve(), part / source.name)
+            linked = bool(model.artifacts) and source.suffix == ".safetensors"
+            _put(source.resolve(), part / source.name, linked)
+        part.chmod(0o777 & ~_umask())  # mkdtemp's are private
         part.rename(output)
     except OSError as error:
         raise RequestError(f"output.path={output}: {error.strerror}") from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
 
 
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copy2(source, target)
+def _put(source: Path, target: Path, linked: bool) -> None:
+    """A copy; of the store's weights a hard link. What a person edits (config.json, ...) is never shared."""
+    if linked:
+        try:
+            os.link(source, target)
+            return
+        except OSError as error:  # another file system, or one without hard links
+            log.info("%s is copied: %s", source, error)
+    shutil.copy2(source, target)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

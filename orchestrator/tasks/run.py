@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -11,9 +12,9 @@ from typing import Any
 from orchestrator import embedded
 from orchestrator.backends.protocol import Delta, Failed, Finished, Request
 from orchestrator.config import Config
-from orchestrator.errors import EngineError, RequestError
+from orchestrator.errors import ConfigError, EngineError, RequestError
 from orchestrator.plan.types import Candidate
-from orchestrator.prompts import Prompt, read_prompts
+from orchestrator.prompts import Prompt, read_file, read_prompts
 from orchestrator.report.console import console, note
 from orchestrator.report.tables import result_table
 from orchestrator.runfolder import RunFolder
@@ -36,7 +37,23 @@ def run(config: Config, folder: RunFolder) -> None:
         note(f"{len(prompts) - len(open_prompts)} of {len(prompts)} prompts are answered already")
     if not open_prompts:
         answers.finish()
+        note(f"answers: {answers.path}")
         return
+    try:
+        _run(config, folder, prompts, open_prompts, answers, started)
+    except KeyboardInterrupt:
+        note(f"\ngo on with: python -m orchestrator run.resume={folder.path}")
+        raise
+
+
+def _run(
+    config: Config,
+    folder: RunFolder,
+    prompts: list[Prompt],
+    open_prompts: list[Prompt],
+    answers: AnswersFile,
+    started: float,
+) -> None:
     planned = look(config, planning=False)
     requests: list[Request] = []
 
@@ -59,9 +76,7 @@ def _prompts(config: Config, folder: RunFolder) -> list[Prompt]:
     """The prompts, kept beside the answers: a resumed run has the same ones, whatever became of their file."""
     kept = folder.path / "prompts.jsonl"
     if config.run.resume is not None and kept.exists():
-        lines = kept.read_bytes().splitlines()
-        values = [json.loads(line) for line in lines]
-        return [Prompt(i, v["messages"], {k: x for k, x in v.items() if k != "messages"}) for i, v in enumerate(values)]
+        return read_file(kept, jsonl=True)
     default = embedded.PROMPTS if config.model.path is None else None
     prompts = read_prompts(config, default)
     text = "".join(json.dumps(prompt.to_json(), ensure_ascii=False) + "\n" for prompt in prompts)
@@ -77,7 +92,12 @@ def make_request(config: Config, tokenizer: Tokenizer, prompt: Prompt, max_conte
     Raises:
         RequestError: the prompt leaves no room for a single token.
     """
-    tokens = tokenizer.encode(prompt.messages)
+    try:
+        tokens = tokenizer.encode(prompt.messages)
+    except ConfigError as error:
+        raise ConfigError(f"prompt {prompt.index + 1}: {error.message}", error.hint) from None
+    if not tokens:
+        raise RequestError(f"prompt {prompt.index + 1} is empty: the chat template makes nothing of it")
     if len(tokens) >= max_context:
         raise RequestError(
             f"prompt {prompt.index + 1} ({prompt.text[:40]!r}...) has {len(tokens)} tokens, "
@@ -190,5 +210,8 @@ class InOrder:
             self._write("".join(self._waiting.pop(name, [])))
 
     def _write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `... | head`: who looked has seen enough, and the answers are still to be written
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

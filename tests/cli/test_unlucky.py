@@ -1,0 +1,112 @@
+"""Unlucky surroundings: closed streams, narrow encodings, a folder that is gone, awkward values. Never a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from commands import Done, Orchestrator, read_lines
+
+HI = ["prompts.text=What does len do?", "generation.max_tokens=4"]
+
+
+def shell(orchestrator: Orchestrator, argv: list[str], more: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """A command with a shell's redirections."""
+    return subprocess.run(
+        ["bash", "-c", f'"$@" {more}', "bash", *orchestrator.command(*argv)],
+        cwd=orchestrator.folder,
+        env={**orchestrator.env(), **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_reader_that_goes_away_costs_no_answer(orchestrator: Orchestrator, default_run: Done) -> None:
+    done = shell(orchestrator, [], "| head -1")
+    assert "Traceback" not in done.stderr
+    [run] = orchestrator.runs.iterdir()
+    assert len(read_lines(run / "answers.jsonl")) == 8
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-"])
+def test_a_closed_stream_is_nowhere(orchestrator: Orchestrator, closed: str) -> None:
+    done = shell(orchestrator, ["task=plan"], closed)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_encoding_that_lacks_a_character_shows_a_question_mark(orchestrator: Orchestrator, merged: Path) -> None:
+    argv = [f"model.path={merged}", "prompts.text=len €?", "generation.max_tokens=4"]
+    done = shell(orchestrator, argv, "", PYTHONIOENCODING="latin1")
+    assert done.returncode == 0, done.stderr
+    assert "> len ??" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["model.path=~nosuch/x", *HI], "there is no folder"),
+        (["paths.runs="], "paths.runs= is empty"),
+        (["hardware.cards=3", "task=plan"], "belongs to a named profile"),
+        (["hardware.gpus=[0,0]", "task=plan"], "names a GPU twice"),
+        (["task.name=foo"], "task.name=foo is not one of run, plan"),
+        (["quant.bits=4,8", *HI], "need -m"),
+        (["--chat"], "--chat is not an option. Did you mean task=chat?"),
+        (["quant=int8", "quant.double=true", *HI], "no engine runs"),
+        (["model.path=x", "model.adapters=[{path: ~/lora}]", *HI], "put quotes around"),
+        (["model.path=x", "model.adapters=[{path: a, weight: 0}]", *HI], "not a number other than 0"),
+        (["-m", "quant.bits=4,8", "prompts.file=-"], "is for one run"),
+    ],
+)
+def test_an_awkward_value_costs_one_line(orchestrator: Orchestrator, argv: list[str], said: str) -> None:
+    done = orchestrator(*argv)
+    assert done.code == 2, done.err
+    assert said in done.error
+
+
+@pytest.mark.parametrize("output", ["file/x", "x" * 300, "/proc/foo/bar"])
+def test_an_output_that_cannot_be_written_is_told_before_the_merge(orchestrator: Orchestrator, output: str) -> None:
+    (orchestrator.folder / "file").write_text("")
+    done = orchestrator("task=convert", f"output.path={output}", f"paths.artifacts={orchestrator.folder / 'store'}")
+    assert done.code == 2
+    assert "output.path=" in done.error
+    assert "merg" not in done.err
+
+
+def test_editing_an_output_changes_neither_the_store_nor_the_source(orchestrator: Orchestrator, merged: Path) -> None:
+    copy = orchestrator.folder / "copy"
+    assert orchestrator("task=convert", f"model.path={merged}", f"output.path={copy}").code == 0
+    config = copy / "config.json"
+    before = (merged / "config.json").read_bytes()
+    config.write_bytes(config.read_bytes().replace(b"silu", b"relu"))
+    assert (merged / "config.json").read_bytes() == before
+    weights = next(copy.glob("*.safetensors"))
+    assert weights.stat().st_nlink == 1
+    verified = orchestrator("task=artifacts", "artifacts.action=verify")
+    assert verified.code == 0, verified.out
+
+
+def test_a_sweep_leaves_a_text_whole(orchestrator: Orchestrator) -> None:
+    done = orchestrator("-m", "quant.bits=4,8", "prompts.text=Hello, world", "task=plan")
+    assert done.code == 0, done.err
+    [sweep] = orchestrator.runs.iterdir()
+    assert sorted(p.name for p in sweep.iterdir() if p.is_dir()) == ["0", "1"]
+
+
+def test_the_version_is_ours(orchestrator: Orchestrator) -> None:
+    assert orchestrator("--version").out.startswith("orchestrator ")
+
+
+def test_a_folder_that_is_gone_is_one_line(orchestrator: Orchestrator) -> None:
+    gone = orchestrator.folder / "gone"
+    gone.mkdir()
+    command = 'cd "$0" && rmdir "$0" && "$@"'
+    argv = ["bash", "-c", command, str(gone), *orchestrator.command("task=plan")]
+    done = subprocess.run(argv, env=orchestrator.env(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "error: the current folder has been removed" in done.stderr
