@@ -2,7 +2,8 @@
 
     <root>/<stage>-<key>/            a finished artifact, with manifest.json
     <root>/<stage>-<key>.partial/    one that is being built, or whose builder was killed
-    <root>/.locks/<stage>-<key>.lock
+    <root>/.locks/<stage>-<key>.lock    held by the one process that builds it
+    <root>/.locks/<stage>-<key>.use     shared by those that load it
 
 The key is a digest of the recipe: the stage, its own version, its options and the inputs' fingerprints. So a
 partial folder always belongs to unchanged inputs, and the next run continues it.
@@ -10,11 +11,14 @@ partial folder always belongs to unchanged inputs, and the next run continues it
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +35,9 @@ from orchestrator.runfolder import write_json
 MANIFEST = "manifest.json"
 GIB = 2**30
 CHUNK = 8 * 2**20
+_NAME = re.compile(r"[a-z][a-z0-9_]*-[0-9a-f]{20}")
 log = logging.getLogger(__name__)
+_keeping: list[contextlib.ExitStack] = []
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,17 @@ class Built:
     digests: dict[str, str]
 
 
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """While it is open, prune leaves alone what `Store.build` gives out."""
+    with contextlib.ExitStack() as marks:
+        _keeping.append(marks)
+        try:
+            yield
+        finally:
+            _keeping.remove(marks)
+
+
 class Store:
     """The artifacts under one folder."""
 
@@ -111,6 +128,8 @@ class Store:
             DoesNotFitError: the disk has less room than is needed.
             StageError: the inputs changed during the build, or the disk filled up.
         """
+        if _keeping:
+            self._mark(recipe.name, _keeping[-1])
         if (found := self.find(recipe)) is not None:
             self._used(found)
             return found, False
@@ -135,9 +154,14 @@ class Store:
         found = (self._read(path) for path in self._folders() if not path.name.endswith(".partial"))
         return sorted((a for a in found if a is not None), key=lambda a: -last_used(a))
 
+    def damaged(self) -> list[Path]:
+        """Folders that are named as artifacts and have no manifest that can be read; no running process holds them."""
+        named = (path for path in self._folders() if _NAME.fullmatch(path.name))
+        return [path for path in named if self._read(path) is None and not self.held(path.name)]
+
     def partials(self) -> list[Path]:
         """Folders of unfinished builds that no running process holds."""
-        return [p for p in self._folders() if p.name.endswith(".partial") and not self._held(p.name)]
+        return [p for p in self._folders() if p.name.endswith(".partial") and not self.held(p.name)]
 
     def verify(self, artifact: Artifact) -> list[str]:
         """What is wrong with an artifact's files: missing, of another size, of another digest. Reads all of them."""
@@ -152,10 +176,25 @@ class Store:
                 problems.append(f"{name} has another digest than when it was built")
         return problems
 
-    def remove(self, path: Path) -> None:
-        """Removes an artifact or a partial folder: the manifest first, so that a half-removed one is none."""
-        (path / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(path)
+    def remove(self, path: Path, *, only_ask: bool = False) -> bool:
+        """Removes an artifact or a partial folder: the manifest first, so that a half-removed one is none.
+
+        Args:
+            only_ask: leave it there.
+
+        Returns:
+            False, with nothing removed, if a running process builds or loads it.
+        """
+        with contextlib.ExitStack() as locks:
+            try:
+                locks.enter_context(self._lock_file(path.name).acquire(timeout=0))
+                self._mark(path.name, locks, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (Timeout, BlockingIOError):
+                return False
+            if not only_ask:
+                (path / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(path)
+            return True
 
     def _folders(self) -> Iterator[Path]:
         if self.root.is_dir():
@@ -181,12 +220,32 @@ class Store:
     def _lock_file(self, name: str) -> FileLock:
         return FileLock(self.root / ".locks" / f"{name.removesuffix('.partial')}.lock")
 
-    def _held(self, name: str) -> bool:
+    def held(self, name: str) -> bool:
+        """Whether a running process builds it."""
         try:
             with self._lock_file(name).acquire(timeout=0):
                 return False
         except Timeout:
             return True
+        except OSError:  # a store that is read-only: nobody builds there
+            return False
+
+    def _mark(self, name: str, marks: contextlib.ExitStack, how: int = fcntl.LOCK_SH) -> None:
+        """Marks an artifact as used until `marks` is closed, where the store has, or can be given, a file for it.
+
+        Raises:
+            BlockingIOError: with LOCK_NB, it is in use.
+        """
+        try:
+            file = self.root / ".locks" / f"{name.removesuffix('.partial')}.use"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(file, os.O_RDONLY | os.O_CREAT, 0o666)
+            marks.callback(os.close, handle)
+            fcntl.flock(handle, how)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            log.info("%s is not marked as used: %s", name, error)
 
     def _lock(self, name: str, waiting: Callable[[], None]) -> AcquireReturnProxy[FileLock]:
         """The lock of one artifact, taken; the operating system releases it if we die."""

@@ -20,6 +20,10 @@ _NAP_S = 0.02
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # As multiprocessing, NCCL and vLLM name it.
 _SHARED_MEMORY = re.compile(r"\s(/dev/shm/(?:psm_|sem\.mp-|nccl-|vllm_)\S+)$", re.MULTILINE)
+# Parts of lines that libraries write and that nothing follows from.
+_NOISE = (
+    "Failed to load CPU gemm_4bit_forward from kernels-community",  # bitsandbytes: it computes another way
+)
 _CRASH = "Fatal Python error"  # faulthandler's first line; stacks and lists of modules follow it
 
 
@@ -123,7 +127,10 @@ class ChildProcess:
             self.pidfd = None
 
     def last_words(self) -> str:
-        """The last line that it wrote to its log (a crash's own line, if there is one); "" if it wrote none."""
+        """The last line that it wrote to its log (a crash's own line, if there is one); "" if it wrote none.
+
+        Known noise of libraries is no word of its own.
+        """
         try:
             with self._log.open("rb") as log:
                 log.seek(0, os.SEEK_END)
@@ -132,6 +139,7 @@ class ChildProcess:
         except OSError:
             return ""
         lines = [line for part in _ESCAPES.sub("", text).splitlines() if (line := part.strip())]
+        lines = [line for line in lines if not any(noise in line for noise in _NOISE)]
         crashes = [line for line in lines if line.startswith(_CRASH)]
         return (crashes or lines or [""])[-1][:_MAX_WORDS]
 

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import ProgressColumn, Task
 
 Progress = Callable[[int, int, str], None]  # done, total (bytes), what is being worked on
 Steps = Callable[[float, str], None]  # done (0 to 1), of which step
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_BAR = 20  # columns: with the numbers and a name it fits into 80
 
 
 def console(stream: Any = None) -> Console:
@@ -49,8 +51,8 @@ def progress(title: str) -> Iterator[Progress]:
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bar(*columns, TimeRemainingColumn(), TextColumn("{task.fields[what]}"), console=out) as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(_BAR), DownloadColumn(), TransferSpeedColumn())
+    with Bar(*columns, TimeRemainingColumn(), _what_column(), console=out) as bar:
         task = bar.add_task(title, total=None, what="")
         yield lambda done, total, what: bar.update(task, completed=done, total=total, what=what)
 
@@ -65,10 +67,23 @@ def steps(title: str) -> Iterator[Steps]:
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Bar(*columns, TextColumn("{task.fields[what]}"), console=out) as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(_BAR), TaskProgressColumn(), TimeElapsedColumn())
+    with Bar(*columns, _what_column(), console=out) as bar:
         task = bar.add_task(title, total=1.0, what="")
         yield lambda done, what: bar.update(task, completed=done, what=what)
+
+
+def _what_column() -> ProgressColumn:
+    """What is being worked on, cut off where the line ends: the other columns give it the room that they leave."""
+    from rich.progress import ProgressColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    class What(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(task.fields["what"], no_wrap=True, overflow="ellipsis")
+
+    return What(Column(overflow="ellipsis"))
 
 
 def _step_lines(title: str) -> Steps:

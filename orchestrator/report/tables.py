@@ -15,13 +15,29 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def _table(title: str, *columns: str) -> Table:
+def table(title: str, *columns: str, left: int = 1, folded: tuple[str, ...] = ()) -> Table:
+    """An empty table that is readable at 80 columns.
+
+    Args:
+        left: so many columns hold words, aligned at the left; the others hold numbers.
+        folded: columns whose cells may take several lines where the terminal is narrow.
+    """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
+    made.padding, made.pad_edge, made.show_edge = (0, 1, 0, 0), False, False
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    return table
+        made.add_column(column, justify="left" if i < left else "right", no_wrap=column not in folded, overflow="fold")
+    return made
+
+
+def short(count: float) -> str:
+    """Bytes in at most eight characters, for a column: 22.8 GiB, 700 MiB."""
+    text, unit = size(count).split()
+    number = float(text)
+    whole = unit == "B" or round(abs(number), 1) >= 100
+    return f"{number:.0f} {unit}" if whole else f"{number:.1f} {unit}"
 
 
 def model_line(name: str, spec: ModelSpec, adapters: int) -> str:
@@ -44,7 +60,7 @@ def hardware_line(hardware: Hardware) -> str:
 
 def plan_table(candidate: Candidate) -> Table:
     """Bytes per device of the chosen candidate against what is there."""
-    table = _table(
+    made = table(
         f"Plan: {candidate.label}, {candidate.dtype}, {candidate.max_in_flight} in flight, "
         f"context {candidate.max_context}",
         *("device", "weights", "KV cache", "scratch", "runtime", "total", "free", "left"),
@@ -60,32 +76,36 @@ def plan_table(candidate: Candidate) -> Table:
             device.capacity,
         )
         style = "" if left >= 0 else "red"
-        table.add_row(device.device, *map(size, cells), size(left), style=style)
-    return table
+        made.add_row(device.device, *map(short, (*cells, left)), style=style)
+    return made
 
 
 def candidates_table(plan: Plan) -> Table:
     """Every engine and width that was asked about, best first."""
-    table = _table("What could run it, best first", "engine", "method", "bits", "fits", "needs", "context", "installed")
+    made = table(
+        "What could run it, best first",
+        *("engine", "method", "bits", "fits", "needs", "on", "context", "installed"),
+        left=2,
+    )
     for c in plan.candidates:
         need = max(c.gpus or (c.host,), key=lambda d: d.total / max(1, d.capacity))
         fits = "yes" if c.fits else "no"
         method = METHODS[c.method].label + (" double" if c.double_quant else "")
-        cells = (c.backend, method, f"{c.bits:g}", fits, f"{size(need.total)} on {need.device}")
-        table.add_row(*cells, str(c.max_context), "yes" if c.installed else "no", style="" if c.fits else "dim")
-    return table
+        cells = (c.backend, method, f"{c.bits:g}", fits, short(need.total), need.device)
+        made.add_row(*cells, str(c.max_context), "yes" if c.installed else "no", style="" if c.fits else "dim")
+    return made
 
 
 def result_table(plan: Candidate, measured: dict[str, Any]) -> Table:
     """What was predicted and what was measured."""
-    table = _table("Result", "", "predicted", "measured")
+    made = table("Result", "", "predicted", "measured")
     placement = measured["placement"]
     for device in plan.devices:
         if device.weights:
-            table.add_row(f"weights on {device.device}", size(device.weights), size(placement.get(device.device, 0)))
-    table.add_row("peak host memory of the engine", size(plan.host.total), size(measured["host_peak_bytes"]))
+            made.add_row(f"weights on {device.device}", size(device.weights), size(placement.get(device.device, 0)))
+    made.add_row("peak host memory of the engine", size(plan.host.total), size(measured["host_peak_bytes"]))
     for gpu, peak in zip(plan.gpus, measured["gpu_peak_bytes"], strict=False):
-        table.add_row(f"peak memory of {gpu.device}", size(gpu.total - gpu.runtime), size(peak))
+        made.add_row(f"peak memory of {gpu.device}", size(gpu.total - gpu.runtime), size(peak))
     rows = (
         ("load", "load_s", "s"),
         ("time to first token (median)", "ttft_s", "s"),
@@ -96,9 +116,9 @@ def result_table(plan: Candidate, measured: dict[str, Any]) -> Table:
     )
     for label, key, unit in rows:
         value = measured[key]
-        table.add_row(
+        made.add_row(
             label,
             "",
             "-" if value is None else f"{value:,.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}",
         )
-    return table
+    return made

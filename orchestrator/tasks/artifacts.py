@@ -4,80 +4,115 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.artifacts import Artifact, Store, last_used
+from orchestrator.artifacts import MANIFEST, Artifact, Store, last_used
 from orchestrator.config import Config, did_you_mean, folder
 from orchestrator.errors import RequestError, StageError
 from orchestrator.report.console import console, size
+from orchestrator.report.tables import short, table
 from orchestrator.runfolder import RunFolder
 
 DAY = 86400.0
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is in the store, or the one thing in it that artifacts.name names."""
+
+    finished: list[Artifact]
+    damaged: list[Path]
+    partials: list[Path]
 
 
 def artifacts(config: Config, run: RunFolder) -> None:
     """Does artifacts.action to all artifacts, or to the one that artifacts.name names.
 
     Raises:
-        RequestError: there is none of that name.
+        RequestError: there is none of that name, or the store is none.
         StageError: verify found a damaged one.
     """
-    store = Store(folder(config.paths.artifacts))
-    found = _named(store.finished(), config.artifacts.name)
-    {"list": _list, "verify": _verify, "prune": _prune}[config.artifacts.action](config, store, found, run)
+    root = folder(config.paths.artifacts)
+    if root.exists() and not root.is_dir():
+        raise RequestError(f"paths.artifacts={root} is a file", "Set paths.artifacts=FOLDER.")
+    store = Store(root)
+    action = {"list": _list, "verify": _verify, "prune": _prune}[config.artifacts.action]
+    try:
+        action(config, store, _named(store, config.artifacts.name), run)
+    except OSError as error:
+        if error.filename is None:  # not the store: our output, say
+            raise
+        raise RequestError(f"{error.filename}: {error.strerror}", "Check paths.artifacts.") from None
 
 
-def _named(found: list[Artifact], name: str | None) -> list[Artifact]:
+def _named(store: Store, name: str | None) -> _Found:
+    found = _Found(store.finished(), store.damaged(), store.partials())
     if name is None:
         return found
-    names = [artifact.name for artifact in found]
-    if name not in names:
+    one = _Found(
+        [artifact for artifact in found.finished if artifact.name == name],
+        [path for path in found.damaged if path.name == name],
+        [path for path in found.partials if path.name == name],
+    )
+    if not (one.finished or one.damaged or one.partials):
+        if (store.root / name).is_dir() and store.held(name):
+            raise RequestError(f"artifacts.name={name} is being built by a running process")
+        names = [path.name for path in (*(a.path for a in found.finished), *found.damaged, *found.partials)]
         raise RequestError(f"artifacts.name={name}: there is no such artifact", did_you_mean(name, names))
-    return [artifact for artifact in found if artifact.name == name]
+    return one
 
 
-def _list(config: Config, store: Store, found: list[Artifact], run: RunFolder) -> None:
-    from rich.table import Table
+def _list(config: Config, store: Store, found: _Found, run: RunFolder) -> None:
+    listed = table(f"Artifacts in {store.root}", "name", "size", "last used", "from", folded=("from",))
+    listed.columns[-1].justify = "left"
+    for artifact in found.finished:
+        used = time.strftime("%Y-%m-%d", time.localtime(last_used(artifact)))
+        report = artifact.manifest.get("report")
+        source = report.get("source", "") if isinstance(report, dict) else ""
+        listed.add_row(artifact.name, short(artifact.size), used, str(source))
+    for path in found.damaged:
+        listed.add_row(path.name, short(_bytes(path)), "damaged", "", style="red")
+    for path in found.partials:
+        listed.add_row(path.name, short(_bytes(path)), "unfinished", "")
+    console(sys.stdout).print(listed)
+    rows = [{"name": a.name, "bytes": a.size, "last_used": last_used(a)} for a in found.finished]
+    names = {"damaged": [p.name for p in found.damaged], "partials": [p.name for p in found.partials]}
+    run.write("result.json", {"artifacts": rows, **names})
 
-    table = Table(title=f"Artifacts in {store.root}", title_justify="left", header_style="bold")
-    for column in ("name", "size", "files", "last used", "from"):
-        table.add_column(column, overflow="fold")
-    for artifact in found:
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(last_used(artifact)))
-        source = artifact.manifest["report"].get("source", "")
-        table.add_row(artifact.name, size(artifact.size), str(len(artifact.files)), used, str(source))
-    for path in store.partials():
-        table.add_row(path.name, size(_bytes(path)), "", "", "unfinished")
-    console(sys.stdout).print(table)
-    rows = [{"name": a.name, "bytes": a.size, "last_used": last_used(a)} for a in found]
-    run.write("result.json", {"artifacts": rows, "partials": [p.name for p in store.partials()]})
 
-
-def _verify(config: Config, store: Store, found: list[Artifact], run: RunFolder) -> None:
-    problems = {artifact.name: store.verify(artifact) for artifact in found}
+def _verify(config: Config, store: Store, found: _Found, run: RunFolder) -> None:
+    problems = {artifact.name: store.verify(artifact) for artifact in found.finished}
+    problems |= {path.name: [f"{MANIFEST} is missing or cannot be read"] for path in found.damaged}
+    if config.artifacts.name is not None:
+        problems |= {path.name: ["it is unfinished"] for path in found.partials}
     for name, wrong in problems.items():
         print(f"{name}: {'; '.join(wrong) if wrong else 'ok'}")
     run.write("result.json", {"verified": problems})
     damaged = [name for name, wrong in problems.items() if wrong]
     if damaged:
         raise StageError(
-            f"{len(damaged)} of {len(found)} artifacts are damaged: {', '.join(damaged)}",
+            f"{len(damaged)} of {len(problems)} artifacts are damaged: {', '.join(damaged)}",
             f"Remove one with artifacts.action=prune artifacts.name={damaged[0]}; the next run builds it again.",
         )
 
 
-def _prune(config: Config, store: Store, found: list[Artifact], run: RunFolder) -> None:
+def _prune(config: Config, store: Store, found: _Found, run: RunFolder) -> None:
     settings = config.artifacts
     oldest = time.time() - settings.unused_days * DAY
-    doomed = [a.path for a in found if settings.name is not None or last_used(a) <= oldest]
-    doomed += store.partials() if settings.name is None else []
-    freed = sum(_bytes(path) for path in doomed)
-    for path in doomed:
-        print(f"{'would remove' if settings.dry_run else 'removed'} {path.name} ({size(_bytes(path))})")
-        if not settings.dry_run:
-            store.remove(path)
+    doomed = [a.path for a in found.finished if settings.name is not None or last_used(a) <= oldest]
+    removed, used, freed = [], [], 0
+    for path in (*doomed, *found.damaged, *found.partials):
+        count = _bytes(path)
+        if not store.remove(path, only_ask=settings.dry_run):
+            print(f"kept {path.name}: a run is building or loading it")
+            used.append(path.name)
+            continue
+        print(f"{'would remove' if settings.dry_run else 'removed'} {path.name} ({size(count)})")
+        removed.append(path.name)
+        freed += count
     print(f"{size(freed)} {'would be' if settings.dry_run else ''} freed".replace("  ", " "))
-    run.write("result.json", {"removed": [p.name for p in doomed], "bytes": freed, "dry_run": settings.dry_run})
+    run.write("result.json", {"removed": removed, "in_use": used, "bytes": freed, "dry_run": settings.dry_run})
 
 
 def _bytes(path: Path) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -18,6 +22,7 @@ from orchestrator.errors import ConfigError, EngineUnavailableError, RequestErro
 from orchestrator.report.console import console, note
 from orchestrator.runfolder import RunFolder, write_json
 
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 log = logging.getLogger(__name__)
 
 
@@ -95,13 +100,29 @@ def install_command(pins: Pins, python: Path, uv: str | None) -> list[str]:
 def _run(command: list[str], run: RunFolder, hint: str = "") -> None:
     log_path = run.path / "install.log"
     with log_path.open("ab") as out:
-        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=_dies_with_us()
+        )
     if done.returncode:
         lines = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         errors = [line for line in lines if "error" in line.lower()] or lines or ["it said nothing"]
         raise StageError(
             f"the installation failed: {errors[-1].strip()[:300]}", f"{hint}{' ' * bool(hint)}Its log: {log_path}"
         )
+
+
+def _dies_with_us() -> Callable[[], None] | None:
+    """For a child between fork and exec: the kernel kills it when this thread, our main one, has gone. Linux only."""
+    if sys.platform != "linux":
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def die_with_parent() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it went before the call
+            os._exit(1)
+
+    return die_with_parent
 
 
 def _check(pins: Pins, python: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__, embedded
+from orchestrator.artifacts import kept
 from orchestrator.backends.protocol import LoadPlan
 from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.adapter import open_adapter, targets
@@ -172,17 +173,20 @@ def open_session(
     run.write("plan.json", planned.plan.to_json() | chosen.to_json())
     show_plan(planned, chosen)
     tokenizer = None if is_built(config, planned.source, chosen) else _tokenizer(planned, chosen, check)
-    model = prepare(config, planned.source, chosen, run)
-    run.status("loading")
-    note(f"loading in a process of its own ({chosen.label}) ...")
-    plan = load_plan(planned, chosen, model.path)
-    env = {name: os.environ.get(name, value) for name, value in ENGINE_ENVIRONMENT.items()}
-    adapter = BACKENDS[chosen.backend].adapter
-    with EngineProcess.start(python, adapter, plan, run.path / "engine.log", env=env) as engine:
-        tokenizer = tokenizer or _tokenizer(planned, chosen, check)
-        ready = engine.wait_ready()
-        note(f"loaded in {ready.load_s:.1f} s; placement as planned, smoke pass finite, warmed up")
-        yield Session(planned, chosen, model, engine, ready, tokenizer)
+    with ExitStack() as loading:
+        loading.enter_context(kept())
+        model = prepare(config, planned.source, chosen, run)
+        run.status("loading")
+        note(f"loading in a process of its own ({chosen.label}) ...")
+        plan = load_plan(planned, chosen, model.path)
+        env = {name: os.environ.get(name, value) for name, value in ENGINE_ENVIRONMENT.items()}
+        adapter = BACKENDS[chosen.backend].adapter
+        with EngineProcess.start(python, adapter, plan, run.path / "engine.log", env=env) as engine:
+            tokenizer = tokenizer or _tokenizer(planned, chosen, check)
+            ready = engine.wait_ready()
+            loading.close()
+            note(f"loaded in {ready.load_s:.1f} s; placement as planned, smoke pass finite, warmed up")
+            yield Session(planned, chosen, model, engine, ready, tokenizer)
 
 
 def _tokenizer(planned: Planned, chosen: Candidate, check: Callable[[Tokenizer, Candidate], None]) -> Tokenizer:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 
 import pytest
-from commands import Orchestrator
+from commands import Orchestrator, gone
 
 from orchestrator.engine.interpreters import MANIFEST
 
@@ -44,3 +46,22 @@ def test_an_installation_that_fails_says_why_and_leaves_nothing_that_counts(
     assert done.code == 1
     assert "installation failed" in done.error
     assert not (engines / "transformers" / MANIFEST).exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own doing")
+def test_an_installer_dies_with_the_command_that_started_it(
+    orchestrator: Orchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uv = orchestrator.folder / "bin" / "uv"  # an installer that is slow, and deaf to everything but a SIGKILL
+    uv.parent.mkdir()
+    uv.write_text(f"#!{sys.executable}\nimport signal, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\n")
+    with uv.open("a") as file:
+        file.write("print('installing', flush=True)\ntime.sleep(60)\n")
+    uv.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{uv.parent}{os.pathsep}{os.environ['PATH']}")
+    started = orchestrator.start("task=engine", "engine.name=transformers")
+    started.until(lambda: any("installing" in log.read_text() for log in orchestrator.runs.glob("*/install.log")))
+    family = started.family()
+    assert family
+    started.kill()
+    assert gone(family)

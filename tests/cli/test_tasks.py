@@ -197,6 +197,25 @@ def test_a_flipped_byte_ends_with_1_and_names_the_file(own_store: Orchestrator, 
 # task=engine
 
 
+def test_a_store_that_is_a_file_ends_with_2(orchestrator: Orchestrator) -> None:
+    file = orchestrator.folder / "file"
+    file.write_text("")
+    done = orchestrator("task=artifacts", f"paths.artifacts={file}")
+    assert done.code == 2
+    assert f"paths.artifacts={file} is a file" in done.error
+
+
+def test_prune_during_a_load_leaves_the_model_to_the_run(own_store: Orchestrator) -> None:
+    run = own_store.start("prompts.text=What does len do?")
+    run.until_state("loading")
+    pruned = own_store("task=artifacts", "artifacts.action=prune", "artifacts.unused_days=0")
+    assert pruned.code == 0, pruned.err
+    assert "a run is building or loading it" in pruned.out
+    assert run.done().code == 0
+    again = own_store("task=artifacts", "artifacts.action=prune", "artifacts.unused_days=0")
+    assert "removed merge-" in again.out
+
+
 def test_engines_are_listed_with_what_they_serve(orchestrator: Orchestrator) -> None:
     done = orchestrator("task=engine")
     assert done.code == 0, done.err

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from socket import socketpair
 
 import pytest
 import tiny
@@ -22,7 +23,7 @@ from conftest import FAKE, Answer, answer, make_plan
 from orchestrator.backends.protocol import Finished, LoadPlan, Request
 from orchestrator.engine import wire
 from orchestrator.engine.handle import EngineProcess
-from orchestrator.engine.process import child_environment
+from orchestrator.engine.process import ChildProcess, child_environment
 from orchestrator.errors import EngineError, EngineUnavailableError, RequestError
 
 Start = Callable[..., EngineProcess]
@@ -277,3 +278,24 @@ def test_the_child_needs_nothing_but_the_standard_library_until_it_loads() -> No
         cwd="/",
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            "it fails here\nWARNING Failed to load CPU gemm_4bit_forward from kernels-community: None.\n",
+            "it fails here",
+        ),
+        ("Failed to load CPU gemm_4bit_forward from kernels-community: No module named 'kernels'.\n", ""),
+        ("one\n\ntwo\n\n", "two"),
+    ],
+)
+def test_what_a_library_always_says_is_no_last_word(tmp_path: Path, said: str, words: str) -> None:
+    ours, theirs = socketpair()
+    with ours, theirs:
+        command = [sys.executable, "-c", f"print({said!r}, end='')"]
+        child = ChildProcess.start(command, os.environ, tmp_path / "log", theirs.fileno())
+        assert child.wait(30)
+        child.kill()
+    assert child.last_words() == words

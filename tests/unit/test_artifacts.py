@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 
-from orchestrator.artifacts import MANIFEST, Artifact, Built, Recipe, Store, digest, last_used
+from orchestrator.artifacts import MANIFEST, Artifact, Built, Recipe, Store, digest, kept, last_used
 from orchestrator.config import Config
 from orchestrator.errors import DoesNotFitError, RequestError, StageError
+from orchestrator.report import console
 from orchestrator.runfolder import RunFolder
+from orchestrator.tasks import artifacts as artifacts_module
 from orchestrator.tasks.artifacts import artifacts as artifacts_task
 
 ROOT = Path(__file__).parents[2]
@@ -400,6 +402,152 @@ def test_an_empty_store_is_no_error(store: Store, tmp_path: Path) -> None:
     assert run_task(store, tmp_path)["artifacts"] == []
     assert run_task(store, tmp_path, action="verify")["verified"] == {}
     assert run_task(store, tmp_path, action="prune")["removed"] == []
+
+
+# What is damaged
+
+
+@pytest.fixture(params=["{", "", None], ids=["half a manifest", "an empty one", "none"])
+def damaged(store: Store, three: dict[str, Artifact], request: pytest.FixtureRequest) -> str:
+    """The name of an artifact of `three` that has lost its manifest."""
+    artifact = three["10"]
+    manifest = artifact.path / MANIFEST
+    manifest.unlink() if request.param is None else manifest.write_text(request.param)
+    return artifact.name
+
+
+def test_a_damaged_artifact_is_listed_and_told(
+    store: Store, damaged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run_task(store, tmp_path)
+    assert result["damaged"] == [damaged]
+    assert len(result["artifacts"]) == 2
+    [row] = [line for line in capsys.readouterr().out.splitlines() if damaged in line]
+    assert row.rstrip().endswith("damaged")
+    for name in (None, damaged):
+        with pytest.raises(StageError, match=f"1 of .*{damaged}"):
+            run_task(store, tmp_path, action="verify", name=name)
+        assert f"{damaged}: {MANIFEST} is missing or cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_damaged_artifact_is_pruned(store: Store, damaged: str, tmp_path: Path, by_name: bool) -> None:
+    settings = {"name": damaged} if by_name else {"unused_days": 200}
+    assert run_task(store, tmp_path, action="prune", dry_run=True, **settings)["removed"][0] == damaged
+    assert (store.root / damaged).is_dir()
+    assert run_task(store, tmp_path, action="prune", **settings)["removed"][0] == damaged
+    assert not (store.root / damaged).exists()
+    assert len(store.finished()) == 2
+
+
+def test_a_folder_that_is_nobodys_artifact_is_left_alone(
+    store: Store, three: dict[str, Artifact], tmp_path: Path
+) -> None:
+    (store.root / "photos").mkdir()
+    (store.root / "photos-2020").mkdir()
+    result = run_task(store, tmp_path, action="prune", unused_days=0)
+    assert len(result["removed"]) == 4
+    assert {path.name for path in store.root.iterdir()} == {".locks", "photos", "photos-2020"}
+
+
+def test_an_unfinished_one_is_pruned_by_its_name(store: Store, three: dict[str, Artifact], tmp_path: Path) -> None:
+    name = "merge-0123.partial"
+    assert run_task(store, tmp_path, action="prune", name=name)["removed"] == [name]
+    assert store.partials() == []
+    assert len(store.finished()) == 3
+
+
+def test_an_unfinished_one_that_is_being_built_is_not_pruned(store: Store, tmp_path: Path) -> None:
+    child = builder(store, tmp_path / "log", 60)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "building\n"
+    name = f"{Recipe('merge', 1, {}, {}).name}.partial"
+    try:
+        with pytest.raises(RequestError, match="is being built"):
+            run_task(store, tmp_path, action="prune", name=name)
+        assert run_task(store, tmp_path, action="prune")["removed"] == []
+        assert (store.root / name).is_dir()
+    finally:
+        child.kill()
+        child.communicate()
+    assert run_task(store, tmp_path, action="prune", name=name)["removed"] == [name]
+
+
+def test_a_manifest_without_a_report_is_listed(store: Store, tmp_path: Path) -> None:
+    artifact, _ = build(store)
+    for report in ({}, {"report": None}, {"report": []}):
+        rest = {key: value for key, value in artifact.manifest.items() if key != "report"}
+        (artifact.path / MANIFEST).write_text(json.dumps(rest | report))
+        assert [row["name"] for row in run_task(store, tmp_path)["artifacts"]] == [artifact.name]
+
+
+def test_a_name_is_on_one_line_of_80_columns(
+    store: Store,
+    three: dict[str, Artifact],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, artifact in three.items():
+        source = artifact.manifest | {"report": {"source": f"/data/models/{name}/of/somebody/with/long/names"}}
+        (artifact.path / MANIFEST).write_text(json.dumps(source))
+    partial = f"{RECIPE.name}.partial"
+    (store.root / partial).mkdir()
+    wide = console.console
+    monkeypatch.setattr(artifacts_module, "console", lambda stream: narrow(wide(stream)))
+    run_task(store, tmp_path)
+    out = capsys.readouterr().out
+    assert all(name in out for name in (partial, *(artifact.name for artifact in three.values())))
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def narrow(console: Any) -> Any:
+    console.width = 80
+    return console
+
+
+# What is in use
+
+
+def test_prune_leaves_alone_what_a_run_loads(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with kept():
+        artifact, _ = build(store)
+        for settings in ({"unused_days": 0}, {"name": artifact.name}, {"unused_days": 0, "dry_run": True}):
+            result = run_task(store, tmp_path, action="prune", **settings)
+            assert (result["removed"], result["in_use"]) == ([], [artifact.name])
+            assert f"kept {artifact.name}: a run is building or loading it" in capsys.readouterr().out
+        build(store)  # a second use is no obstacle
+    assert store.verify(artifact) == []
+    assert run_task(store, tmp_path, action="prune", unused_days=0)["removed"] == [artifact.name]
+
+
+def test_outside_of_a_run_nothing_is_marked(store: Store, tmp_path: Path) -> None:
+    with kept():
+        pass
+    artifact, _ = build(store)
+    assert not (store.root / ".locks" / f"{artifact.name}.use").exists()
+
+
+def test_a_store_where_nothing_can_be_marked_is_used_all_the_same(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(store)
+
+    def read_only(*args: Any) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "open", read_only)
+    with kept():
+        assert build(store)[1] is False
+
+
+def test_a_store_that_is_a_file_is_the_requests_fault(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for action in ("list", "verify", "prune"):
+        with pytest.raises(RequestError, match=f"paths.artifacts={file} is a file") as caught:
+            run_task(Store(file), tmp_path, action=action)
+        assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("harm", ["missing", "shorter"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import shutil
@@ -20,6 +21,7 @@ from orchestrator.overrides import prepare
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TYPED = README + (ROOT / "Justfile").read_text(encoding="utf-8")
 HELP = (ROOT / "conf" / "config.yaml").read_text(encoding="utf-8")
 JUST = shutil.which("just", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
 
@@ -99,6 +101,14 @@ def test_every_example_of_the_readme_is_a_valid_command(line: str, tmp_path: Pat
     check(shlex.split(line, comments=True)[3:], tmp_path)
 
 
+@pytest.mark.parametrize("line", [*examples(README), *re.findall(r"^.*just (?:sweep|convert-and-run) .*", TYPED, re.M)])
+def test_every_example_that_answers_with_a_users_model_has_prompts(line: str) -> None:
+    words = shlex.split(line, comments=not line.startswith("#"))
+    model = any(word.startswith("model.path=") for word in words) or "convert-and-run" in words
+    if model and not any(word.startswith("task=") for word in words):
+        assert any(word.startswith("prompts.") for word in words), line
+
+
 @pytest.mark.parametrize("line", examples(HELP))
 def test_every_example_of_the_help_is_a_valid_command(line: str, tmp_path: Path) -> None:
     check(shlex.split(re.split(r" {3,}", line)[0])[3:], tmp_path)
@@ -131,25 +141,53 @@ def test_just_lists_every_recipe_with_what_it_does() -> None:
 
 
 def test_recipes_that_the_readme_names_exist() -> None:
-    named = set(re.findall(r"`just ([a-z][\w-]*)", README))
+    named = set(re.findall(r"^just ([a-z][\w-]*)", README, re.MULTILINE))
     assert named
     assert named <= set(recipes())
+
+
+def test_just_alone_lists_them_wherever_just_is() -> None:
+    if JUST is None:
+        pytest.skip("just is not installed")
+    done = subprocess.run([JUST], cwd=ROOT, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert done.returncode == 0, done.stderr
+    assert "convert-and-run" in done.stdout
+
+
+def typed(recipe: list[str], folder: Path) -> list[list[str]]:
+    """What a recipe gives to Python, argument by argument: one list a line of the recipe."""
+    if JUST is None:
+        pytest.skip("just is not installed")
+    python = folder / "a python"
+    python.write_text(f"#!{sys.executable}\nimport sys\nprint(sys.argv[1:])\n")
+    python.chmod(0o755)
+    done = subprocess.run([JUST, "--set", "python", shlex.quote(str(python)), *recipe], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return [ast.literal_eval(line) for line in done.stdout.decode().splitlines()]
 
 
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        (["plan", "model.path=/a"], "-m orchestrator task=plan model.path=/a"),
-        (["convert-and-run", "/data/my model", "4"], "-m orchestrator model.path='/data/my model' quant.bits=4"),
-        (["sweep", "4,8"], "-m orchestrator -m quant.bits=4,8"),
-        (["engine", "bitsandbytes"], "-m orchestrator task=engine engine.name=bitsandbytes"),
+        (["plan"], ["task=plan"]),
+        (["plan", "model.path=/a"], ["task=plan", "model.path=/a"]),
+        (["plan", "prompts.text=a b"], ["task=plan", "prompts.text=a b"]),
+        (["demo", "prompts.text='Why is the sky blue?'"], ["prompts.text='Why is the sky blue?'"]),
+        (["convert-and-run", "/my model", "4", "x=it's"], ["model.path=/my model", "quant.bits=4", "x=it's"]),
+        (["convert-and-run", "/it's", "4"], ["model.path=/it's", "quant.bits=4"]),
+        (["chat", "a=$HOME `id`"], ["task=chat", "a=$HOME `id`"]),
+        (["serve", "server.port=8000"], ["task=serve", "server.port=8000"]),
+        (["sweep", "4,8", "a=b c", "d=*"], ["-m", "quant.bits=4,8", "a=b c", "d=*"]),
+        (["sweep", "4,8"], ["-m", "quant.bits=4,8"]),
+        (["engine", "bitsandbytes", "a=b c"], ["task=engine", "engine.name=bitsandbytes", "a=b c"]),
     ],
 )
-def test_a_recipe_types_the_command(recipe: list[str], expected: str) -> None:
-    if JUST is None:
-        pytest.skip("just is not installed")
-    done = subprocess.run([JUST, "--dry-run", *recipe], cwd=ROOT, capture_output=True, text=True)
-    assert expected in done.stderr.strip()
+def test_a_recipe_types_the_command(recipe: list[str], expected: list[str], tmp_path: Path) -> None:
+    assert typed(recipe, tmp_path) == [["-m", "orchestrator", *expected]]
+
+
+def test_options_of_the_tests_may_have_blanks(tmp_path: Path) -> None:
+    assert typed(["test", "-m", "not slow"], tmp_path) == [["-m", "pytest", "-m", "not slow"]]
 
 
 def test_the_check_of_a_change_runs_the_readmes_command() -> None:

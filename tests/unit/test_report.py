@@ -1,0 +1,118 @@
+"""What a person sees on a terminal of 80 columns: whole cells, one line a row, a bar that stays on its line."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import small_models
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.checkpoint.folder import open_checkpoint
+from orchestrator.checkpoint.spec import model_spec
+from orchestrator.config import Config
+from orchestrator.hardware import detect
+from orchestrator.plan.planner import make_plan
+from orchestrator.plan.types import Plan
+from orchestrator.report.console import size
+from orchestrator.report.tables import candidates_table, plan_table, short
+
+ROOT = Path(__file__).parents[2]
+BAR = """
+import time
+from orchestrator.report.console import progress, steps
+
+with progress("converting") as show:
+    for i in range(4):
+        show(i * 40_000_000_000, 140_000_000_000, f"model.layers.{i}.self_attn.q_proj.weight[{i}]")
+        time.sleep(0.15)
+with steps("measuring") as show:
+    for i in range(4):
+        show(i / 4, f"the sensitivity of layer {i} of a model with a name that is long and has blanks")
+        time.sleep(0.15)
+"""
+
+
+def lines(table: Table) -> list[str]:
+    out = StringIO()
+    Console(file=out, width=80).print(table)
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    model = small_models.write_headers(tmp_path_factory.mktemp("plan") / "70b", small_models.LLAMA_70B)
+    config = Config()
+    config.hardware.profile = "4x24gb"
+    config.hardware.cards, config.hardware.memory_gib = 4, 24
+    spec = model_spec(open_checkpoint(model))
+    return make_plan(config, spec, detect(config.hardware, planning=True))
+
+
+def test_a_plan_has_a_line_a_device(plan: Plan) -> None:
+    chosen = plan.chosen
+    title, head, _, *rows = lines(plan_table(chosen))
+    assert "Plan: " in title
+    assert re.split(r"\s{2,}", head) == [
+        "device",
+        *["weights", "KV cache", "scratch", "runtime", "total", "free", "left"],
+    ]
+    assert len(rows) == len(chosen.devices)
+    for row, device in zip(rows, chosen.devices, strict=True):
+        name, *cells = re.split(r"\s{2,}", row)
+        assert name == device.device
+        assert len(cells) == 7
+        assert all(re.fullmatch(r"-?\d+(\.\d)? [KMGT]?i?B", cell) for cell in cells)
+
+
+def test_candidates_have_a_line_each(plan: Plan) -> None:
+    _, head, _, *rows = lines(candidates_table(plan))
+    assert head.split() == ["engine", "method", "bits", "fits", "needs", "on", "context", "installed"]
+    assert len(rows) == len(plan.candidates) > 3
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (4.12 * 2**20, "4.1 MiB"), (99.96 * 2**30, "100 GiB"), (-700 * 2**20, "-700 MiB")],
+)
+def test_bytes_in_a_column_are_short(count: float, text: str) -> None:
+    assert short(count) == text
+
+
+@pytest.mark.parametrize("power", range(50))
+def test_bytes_in_a_column_have_eight_characters_at_most(power: int) -> None:
+    assert all(len(short(factor * 2**power)) <= 8 for factor in (1, 1.3, 1.999))
+    assert short(1.3 * 2**power).split()[1] == size(1.3 * 2**power).split()[1]
+
+
+def test_a_bar_stays_on_its_line() -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    env |= {"TERM": "xterm", "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen([sys.executable, "-c", BAR], stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    os.close(theirs)
+    said = b""
+    try:
+        while data := os.read(ours, 1 << 16):
+            said += data
+    except OSError:  # how a terminal says that its last user has gone
+        pass
+    os.close(ours)
+    assert child.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
+    shown = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    assert all(line.startswith(("converting", "measuring")) and len(line) <= 80 for line in shown), shown
+    assert any(re.search(r"model\.layers\.\S*…", line) for line in shown)
+    assert any("120.0/140.0 GB" in line for line in shown)
+    assert any("the sensitivity of" in line for line in shown)
