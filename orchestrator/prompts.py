@@ -92,7 +92,7 @@ def _decoded(data: bytes, source: str) -> str:
 
 
 def _parse(text: str, source: str, jsonl: bool | None) -> list[Prompt]:
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1) if line.strip()]
     if jsonl is None:  # standard input has no suffix
         jsonl = bool(lines) and lines[0][1].lstrip().startswith("{")
     if not jsonl:
@@ -113,7 +113,7 @@ def _prompt(index: int, line: str, where: str) -> Prompt:
     taken = [key for key in value if key in ANSWER_FIELDS]
     if taken:
         raise RequestError(
-            f"{where} has a field {taken[0]!r}, which the answer's line has too",
+            f"{where} has a field {taken[0]!r}, as the answer's line has",
             "Give it another name: it is carried over.",
         )
     carried = {key: item for key, item in value.items() if key not in ("prompt", "messages")}

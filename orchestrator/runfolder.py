@@ -116,6 +116,7 @@ class RunFolder:
     def recorded(self) -> Iterator[None]:
         """Keeps run.log, and status.json to the end, whichever end it is."""
         handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
+        assert handler.stream is not None  # it opens at once
         try:  # of a run that is resumed twice, or while it still runs
             fcntl.flock(handler.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

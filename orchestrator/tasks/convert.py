@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from orchestrator.artifacts import MANIFEST
+from orchestrator.artifacts import MANIFEST, kept
 from orchestrator.config import Config, folder
 from orchestrator.errors import ConfigError, RequestError
 from orchestrator.pipeline import Model, prepare
@@ -30,12 +30,13 @@ def convert(config: Config, run: RunFolder) -> None:
         _check_output(output)
     planned = look(config, planning=True)
     config, source, chosen = planned.config, planned.source, planned.plan.chosen
-    model = prepare(config, source, chosen, run)
+    with kept():  # from a prune, until it is linked or copied
+        model = prepare(config, source, chosen, run)
+        if output is not None:
+            export(model, output)
+            note(f"finished model: {output}")
     if not model.artifacts and output is None:
         note(f"{model.path} is safetensors already and has no adapter: nothing to do")
-    if output is not None:
-        export(model, output)
-        note(f"finished model: {output}")
     run.write(
         "result.json",
         {
@@ -43,7 +44,7 @@ def convert(config: Config, run: RunFolder) -> None:
             "output": str(output or model.path),
             "artifacts": [{"name": a.name, "built": a.name in model.built} for a in model.artifacts],
             "stages_run": list(model.built),
-            "reports": {a.name: a.manifest["report"] for a in model.artifacts},
+            "reports": {a.name: a.manifest.get("report") for a in model.artifacts},
         },
     )
 

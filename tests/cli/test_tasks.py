@@ -23,7 +23,8 @@ def test_a_plan_for_every_profile(orchestrator: Orchestrator, profile: str) -> N
     assert done.code == 0, done.err
     plan = done.json("plan.json")
     assert plan["fits"]
-    assert {candidate["backend"] for candidate in plan["candidates"]} == {"bitsandbytes"}
+    on_gpus = {"bitsandbytes", "exllamav2"}
+    assert {c["backend"] for c in plan["candidates"]} == (on_gpus if plan["gpus"] else {"bitsandbytes"})
     assert len(plan["gpus"]) == (0 if profile in ("auto", "cpu") else 1)
     assert "NF4" in done.out
     assert done.json("status.json")["state"] == "done"

@@ -39,17 +39,34 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
     assert prompts[0].messages == user("first")
 
 
-def test_a_file_of_any_other_suffix_is_text(tmp_path: Path) -> None:
-    assert read(written(tmp_path, "p.prompts", '{"prompt": "x"}\n'))[0].text == '{"prompt": "x"}'
+def test_the_first_line_of_a_file_of_any_other_suffix_tells_what_it_is(tmp_path: Path) -> None:
+    assert read(written(tmp_path, "p.prompts", '{"prompt": "x"}\n'))[0].text == "x"
+    assert read(written(tmp_path, "p.md", "x\n"))[0].text == "x"
+    assert read(written(tmp_path, "p.txt", '{"prompt": "x"}\n'))[0].text == '{"prompt": "x"}'
 
 
-@pytest.mark.parametrize("name", ["p.jsonl", "p.ndjson"])
+@pytest.mark.parametrize("field", ["answer", "index", "finish_reason"])
+def test_a_field_that_the_answer_has_too_is_refused_by_name(tmp_path: Path, field: str) -> None:
+    line = json.dumps({"prompt": "x", field: "mine"})
+    with pytest.raises(RequestError, match=f"line 1 has a field '{field}'"):
+        read(written(tmp_path, "p.jsonl", line))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"), [('{"prompt": "\\ud800"}', "surrogate"), ('{"prompt": "x", "y": NaN}', "NaN")]
+)
+def test_what_is_no_text_and_what_is_no_json_is_refused(tmp_path: Path, line: str, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        read(written(tmp_path, "p.jsonl", line))
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.ndjson", "p.JSONL", "p.json"])
 def test_a_jsonl_file_has_an_object_a_line(tmp_path: Path, name: str) -> None:
     turns = [{"role": "system", "content": "Be short."}, *user("Why?")]
-    lines = [{"id": 7, "prompt": "first"}, {"messages": turns, "tags": ["a"], "index": "x"}]
+    lines = [{"id": 7, "prompt": "first"}, {"messages": turns, "tags": ["a"], "gold": "x"}]
     first, second = read(written(tmp_path, name, "\n".join(map(json.dumps, lines)) + "\n\n"))
     assert (first.messages, first.carried) == (user("first"), {"id": 7})
-    assert (second.messages, second.carried) == (turns, {"tags": ["a"], "index": "x"})
+    assert (second.messages, second.carried) == (turns, {"tags": ["a"], "gold": "x"})
     assert second.text == "Why?"
 
 
@@ -123,12 +140,12 @@ def test_a_line_nested_too_deep_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_standard_input_is_text_or_jsonl(monkeypatch: pytest.MonkeyPatch, content: str, texts: list[str]) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(content))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
     assert [p.text for p in read("-")] == texts
 
 
 def test_standard_input_that_is_empty_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     with pytest.raises(RequestError, match="standard input holds no prompt"):
         read("-")
 
