@@ -140,7 +140,8 @@ def _one_line(error: Exception) -> str:
     if text.startswith("Ambiguous value"):
         return f"{kept[0].partition(chr(10))[0]}: several values need -m, which makes a run of each"
     if not text or "token recognition error" in text or "viable alternative" in text or "mismatched input" in text:
-        return f"{text or 'a value cannot be read'}: put quotes around texts and paths inside a list, 'model.adapters=[{{path: \"~/lora\"}}]'"
+        example = "'model.adapters=[{path: \"~/lora\"}]'"
+        return f"{text or 'a value cannot be read'}: put quotes around texts and paths inside a list, {example}"
     return text
 
 
