@@ -37,9 +37,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
-    """Writes results/<name>.json."""
+def save(name: str, result: dict[str, Any], measured_on: dict[str, Any] | None = None) -> Path:
+    """Writes results/<name>.json; measured_on: the environment, where it is not this one."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n", encoding="utf-8")
+    where = measured_on or environment()
+    path.write_text(json.dumps({"environment": where, **result}, indent=1) + "\n", encoding="utf-8")
     return path

@@ -496,13 +496,14 @@ def bare_vllm(given: dict[str, Any], rounds: int = 3) -> dict[str, Any]:
 def collect(out: Path) -> None:
     """Everything that was written, and whether the bounds hold."""
     parts = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))}
+    measured_on = parts.pop("environment", None)
     order = [parts.get(f"embedded-exl2-{bits}", {}).get("kl_mean") for bits in (8, 6, 4)]
     known = [value for value in order if value is not None]
     checks = {
         "8 nearer than 6, 6 nearer than 4": known == sorted(known) if len(known) == 3 else None,
         **{name: part.get("within_bound") for name, part in parts.items() if name.startswith("ratio-")},
     }
-    print(save("thin_gpu", {"checks": checks, "parts": parts}), json.dumps(checks))
+    print(save("thin_gpu", {"checks": checks, "parts": parts}, measured_on), json.dumps(checks))
 
 
 def main() -> None:

@@ -77,7 +77,28 @@ def measured() -> str:
     )
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"embedded": embedded, "measured": measured}
+def gpus() -> str:
+    """The embedded model through the GPU engines: quality, and the plan's weights against what lies there."""
+    result = json.loads((RESULTS / "thin_gpu.json").read_text())
+    rows = []
+    for name, part in result["parts"].items():
+        if not name.startswith("embedded-") or "error" in part:
+            continue
+        bits = [f"{r['measured_bits']:.3f}" for r in part["reports"].values() if "measured_bits" in r]
+        planned = sum(gpu["weights_planned"] for gpu in part["gpus"])
+        found = sum(gpu["weights"] for gpu in part["gpus"])
+        quality = [f"{part['kl_mean']:.2g}", f"{part['top1_agreement']:.1%}"]
+        weights = [f"{planned / MIB:.3f} MiB", f"{found / MIB:.3f} MiB"]
+        rows.append([name.removeprefix("embedded-"), *(bits or ["16"]), *quality, *weights, f"{part['load_s']:.0f} s"])
+    head = ["way", "bits", "KL", "top-1", "weights planned", "weights placed", "load"]
+    return (
+        "The embedded model, merged from `.bin` and adapter by one command each; KL and top-1 agreement against float32 on "
+        f"the CPU over {rows and part['tokens']:,} held-out tokens:\n\n{table(head, rows)}\n\n"
+        f"`benchmarks/thin_gpu.py`: {environment(result)}"
+    )
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"embedded": embedded, "measured": measured, "gpus": gpus}
 
 
 def rendered(text: str) -> str:

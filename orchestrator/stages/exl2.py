@@ -190,7 +190,7 @@ def _measure(work: _Work, out: Path) -> Built:
     job = _Job(work, "measure", out / "work", result)
     job.arguments += ["-om", str(result), "-l", str(work.length), "-ml", str(work.length), *_calibration(work)]
     report = job.done(lambda: judge_measurement(result, work.source))
-    return Built(report | {"source": str(work.source.path), "length": work.length}, {})
+    return Built(report | {"source": work.source.path.name, "length": work.length}, {})
 
 
 def _quantize(work: _Work, out: Path, measurement: Path) -> Built:
@@ -206,7 +206,7 @@ def _quantize(work: _Work, out: Path, measurement: Path) -> Built:
         return judge_model(out, work.source, work.chosen.bits, work.head_bits)
 
     report = job.done(judge)
-    return Built(report | {"source": str(work.source.path), "length": work.length}, {})
+    return Built(report | {"source": work.source.path.name, "length": work.length}, {})
 
 
 def _move_up(result: Path, out: Path) -> None:
