@@ -92,8 +92,8 @@ def gpus() -> str:
         rows.append([name.removeprefix("embedded-"), *(bits or ["16"]), *quality, *weights, f"{part['load_s']:.0f} s"])
     head = ["way", "bits", "KL", "top-1", "weights planned", "weights placed", "load"]
     return (
-        "The embedded model, merged from `.bin` and adapter by one command each; KL and top-1 agreement against float32 on "
-        f"the CPU over {rows and part['tokens']:,} held-out tokens:\n\n{table(head, rows)}\n\n"
+        "The embedded model, merged from `.bin` and adapter by one command each; KL and top-1 agreement against "
+        f"float32 on the CPU over {rows and part['tokens']:,} held-out tokens:\n\n{table(head, rows)}\n\n"
         f"`benchmarks/thin_gpu.py`: {environment(result)}"
     )
 

@@ -194,3 +194,9 @@ def test_the_check_of_a_change_runs_the_readmes_command() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "tools/readme_command.py tests" in script
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_the_measured_tables_are_those_of_the_results() -> None:
+    command = [sys.executable, ROOT / "tools" / "readme_tables.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
