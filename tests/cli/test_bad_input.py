@@ -268,7 +268,7 @@ def test_an_interpreter_that_is_none(orchestrator: Orchestrator, python: str) ->
         (["generation.max_tokens=1.5"], "generation.max_tokens"),
         (["generation.temperature=hot"], "generation.temperature"),
         (["model.dtype=fp16"], "float16"),
-        (["backend=vllm"], "backend is one of"),
+        (["backend=llama"], "backend is one of"),
         (["backend=transformers", "quant.double=true"], "backend=bitsandbytes"),
         (["backend=bitsandbytes", "quant.double=true", "parallel.tensor=2"], "parallel.tensor"),
         (["quant.bits=5"], "no engine runs"),

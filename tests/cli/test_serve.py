@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -262,7 +263,11 @@ def test_an_address_that_is_not_here_costs_a_line(orchestrator: Orchestrator) ->
 
 
 def test_a_server_has_nothing_to_resume(orchestrator: Orchestrator, server: Server) -> None:
-    done = orchestrator(f"run.resume={server.started.folder}")
+    assert server.started.folder is not None
+    ended = orchestrator.folder / "ended"  # a copy: the server's own folder is in use
+    ended.mkdir()
+    shutil.copy2(server.started.folder / "config.yaml", ended)
+    done = orchestrator(f"run.resume={ended}")
     assert done.code == 2
     assert "task=serve" in done.error
 
