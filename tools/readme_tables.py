@@ -58,6 +58,11 @@ def measured() -> str:
     start = json.loads((RESULTS / "startup.json").read_text())
     rows = [[f"`{name}`", f"{value:.2f} s"] for name, value in start["median_s"].items()]
     rows.append(["(for comparison) `import torch`", f"{start['import_torch_median_s']:.2f} s"])
+    runs = "; ".join(
+        f"{run['wall_s']:.1f} s (load {run['load_s']:.1f}, answers {run['answers_s']:.1f}, "
+        f"stages: {', '.join(run['stages_run']) or 'none'})"
+        for run in (start["first_run"], *start["later_runs"])
+    )
     merge = json.loads((RESULTS / "merge_memory.json").read_text())
     merged = [
         [
@@ -71,6 +76,8 @@ def measured() -> str:
     return (
         f"Light commands, whole processes, median of {start['rounds']}:\n\n{table(['command', 'time'], rows)}\n\n"
         f"`benchmarks/startup.py`: {environment(start)}\n\n"
+        f"The default command, first and again: {runs}. A second run builds nothing; its time is the engine's load and "
+        "the answers, beside the tokenizer's import.\n\n"
         "Memory of a merge (rank 16 on every linear, sharded `.bin` in float16), four times the layers:\n\n"
         f"{table(['layers', 'base', 'peak resident', 'of it anonymous'], merged)}\n\n"
         f"`benchmarks/merge_memory.py`: {environment(merge)}"

@@ -156,21 +156,13 @@ def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, settings: _Settings, c
     embedding = embedding_bytes(spec)
     logits = 4 * _QUERY * ask.max_in_flight * pad32(spec.vocab)
     host = DeviceBytes("cpu", embedding, 0, logits, HOST_RUNTIME, hardware.host_available)
-    over = [d for d in (*gpus, host) if d.total > d.capacity]
-    reasons += [f"{d.device} needs {d.total / GIB:.2f} GiB and has {d.capacity / GIB:.2f} GiB free" for d in over]
     group = "+".join(gpu.device for gpu in gpus)
-    return Candidate(
-        backend=ask.backend,
-        method=ask.method,
-        bits=ask.bits,
-        dtype=ask.dtype,
-        double_quant=False,
-        fits=not reasons and context > 0,
-        reasons=tuple(reasons),
-        max_context=context,
-        max_in_flight=ask.max_in_flight,
-        gpus=gpus,
-        host=host,
+    return Candidate.of(
+        ask,
+        context,
+        gpus,
+        host,
+        tuple(reasons),
         device_map={"": group, "model.embed_tokens": "cpu"},
         weights={"cpu": embedding, group: sum(gpu.weights for gpu in gpus)},
         gpu_split=settings.split,

@@ -125,7 +125,7 @@ def _on_host(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: list[Unit], c
     kv = sum(part.kv_per_token for part in parts) * context * ask.max_in_flight
     scratch = scratch_bytes(spec, ask, context)
     host = DeviceBytes("cpu", weights, kv, scratch, HOST_RUNTIME["cpu"], hardware.host_available)
-    return _candidate(ask, context, (), host, {"": "cpu"}, {"cpu": weights})
+    return Candidate.of(ask, context, (), host, device_map={"": "cpu"}, weights={"cpu": weights})
 
 
 def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: list[Unit], context: int) -> Candidate:
@@ -151,33 +151,5 @@ def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: list[Unit], c
     if len(used) == 1:
         device_map = {"": gpus[0].device}
     host = DeviceBytes("cpu", 0, 0, 0, HOST_RUNTIME["cuda"], hardware.host_available)
-    return _candidate(ask, context, gpus, host, device_map, {gpu.device: gpu.weights for gpu in gpus})
-
-
-def _candidate(
-    ask: Ask,
-    context: int,
-    gpus: tuple[DeviceBytes, ...],
-    host: DeviceBytes,
-    device_map: dict[str, str],
-    weights: dict[str, int],
-) -> Candidate:
-    over = [d for d in (*gpus, host) if d.total > d.capacity]
-    reasons = tuple(
-        f"{d.device} needs {d.total / 2**30:.2f} GiB and has {d.capacity / 2**30:.2f} GiB free" for d in over
-    )
-    return Candidate(
-        backend=ask.backend,
-        method=ask.method,
-        bits=ask.bits,
-        dtype=ask.dtype,
-        double_quant=ask.double_quant,
-        fits=not over and context > 0,
-        reasons=reasons,
-        max_context=context,
-        max_in_flight=ask.max_in_flight,
-        gpus=gpus,
-        host=host,
-        device_map=device_map,
-        weights=weights,
-    )
+    placed = {gpu.device: gpu.weights for gpu in gpus}
+    return Candidate.of(ask, context, gpus, host, device_map=device_map, weights=placed)

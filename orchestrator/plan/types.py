@@ -84,6 +84,37 @@ class Candidate:
     gpu_split: tuple[float, ...] = ()
     cache_bits: int = 16
 
+    @classmethod
+    def of(
+        cls,
+        ask: Ask,
+        context: int,
+        gpus: tuple[DeviceBytes, ...],
+        host: DeviceBytes,
+        reasons: tuple[str, ...] = (),
+        **more: Any,
+    ) -> Candidate:
+        """The answer to an ask: it fits if there are no `reasons` against it and no device has too little."""
+        over = tuple(
+            f"{d.device} needs {d.total / 2**30:.2f} GiB and has {d.capacity / 2**30:.2f} GiB free"
+            for d in (*gpus, host)
+            if d.total > d.capacity
+        )
+        return cls(
+            backend=ask.backend,
+            method=ask.method,
+            bits=ask.bits,
+            dtype=ask.dtype,
+            double_quant=ask.double_quant,
+            fits=not reasons and not over and context > 0,
+            reasons=(*reasons, *over),
+            max_context=context,
+            max_in_flight=ask.max_in_flight,
+            gpus=gpus,
+            host=host,
+            **more,
+        )
+
     @property
     def devices(self) -> tuple[DeviceBytes, ...]:
         """Every device that the plan uses."""

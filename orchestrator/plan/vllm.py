@@ -219,22 +219,12 @@ def _candidate(
     weights: dict[str, int],
     reasons: tuple[str, ...],
 ) -> Candidate:
-    over = [d for d in (*gpus, host) if d.total > d.capacity]
-    reasons += tuple(
-        f"{d.device} needs {d.total / 2**30:.2f} GiB and has {d.capacity / 2**30:.2f} GiB free" for d in over
-    )
-    return Candidate(
-        backend=ask.backend,
-        method=ask.method,
-        bits=ask.bits,
-        dtype=ask.dtype,
-        double_quant=ask.double_quant,
-        fits=not reasons and context > 0,
-        reasons=reasons,
-        max_context=context,
-        max_in_flight=ask.max_in_flight,
-        gpus=gpus,
-        host=host,
+    return Candidate.of(
+        ask,
+        context,
+        gpus,
+        host,
+        reasons,
         device_map={},  # ranks, not modules
         weights=weights,
         tensor_parallel=width.tensor,

@@ -65,7 +65,12 @@ def _run(
         answering = time.monotonic()
         finished = _answer(session, requests, open_prompts, answers)
         answers_s = time.monotonic() - answering
-        measured = _measured(session, finished) | {"answers_s": answers_s, "total_s": time.monotonic() - started}
+        measured = session.measured(session.engine.stats()) | {
+            # From the start of its prefill: with more prompts than fit in flight, the rest is the queue's time.
+            "ttft_s": statistics.median(end.prefill_s for end in finished),
+            "answers_s": answers_s,
+            "total_s": time.monotonic() - started,
+        }
     answers.finish()
     folder.write("result.json", session.result() | {"measured": measured})
     console().print(result_table(session.chosen, measured))
@@ -160,20 +165,6 @@ def _line(text: str, end: Finished) -> dict[str, Any]:
         "completion_tokens": end.completion_tokens,
         "ttft_s": round(end.ttft_s, 4),
         "seconds": round(end.queue_s + end.prefill_s + end.decode_s, 4),
-    }
-
-
-def _measured(session: Session, finished: list[Finished]) -> dict[str, Any]:
-    stats = session.engine.stats()
-    return {
-        "load_s": session.ready.load_s,
-        "gpu_peak_bytes": stats.gpu_peak_bytes,
-        "host_peak_bytes": stats.host_peak_bytes,
-        "prefill_tokens_per_s": stats.prefill_tokens / stats.prefill_s if stats.prefill_s else None,
-        "decode_tokens_per_s": stats.decode_tokens / stats.decode_s if stats.decode_s else None,
-        # From the start of its prefill: with more prompts than fit in flight, the rest is the queue's time.
-        "ttft_s": statistics.median(end.prefill_s for end in finished),
-        "placement": session.ready.placement,
     }
 
 

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from orchestrator.backends.protocol import Stats
 from orchestrator.config import Config, ServerConfig
 from orchestrator.errors import EngineUnavailableError, OrchestratorError, RequestError, Terminated
 from orchestrator.report.console import note
@@ -122,7 +121,7 @@ def _serve(session: Session, server: ServerConfig, sock: socket.socket, folder: 
     if signalled is None or not isinstance(broker.error, ServerStoppingError):
         raise broker.error
     with suppress(OrchestratorError):  # the engine may have died since
-        measured = _measured(session, session.engine.stats())
+        measured = session.measured(session.engine.stats())
         folder.write("result.json", session.result() | {"served": asdict(broker.counters), "measured": measured})
     raise KeyboardInterrupt if signalled == signal.SIGINT else Terminated
 
@@ -203,14 +202,3 @@ def _server(app: FastAPI) -> uvicorn.Server:
             timeout_graceful_shutdown=int(GRACE_S + FLUSH_S),
         )
     )
-
-
-def _measured(session: Session, stats: Stats) -> dict[str, Any]:
-    return {
-        "load_s": session.ready.load_s,
-        "gpu_peak_bytes": stats.gpu_peak_bytes,
-        "host_peak_bytes": stats.host_peak_bytes,
-        "prefill_tokens_per_s": stats.prefill_tokens / stats.prefill_s if stats.prefill_s else None,
-        "decode_tokens_per_s": stats.decode_tokens / stats.decode_s if stats.decode_s else None,
-        "placement": session.ready.placement,
-    }

@@ -12,7 +12,7 @@ from typing import Any
 
 from orchestrator import __version__, embedded
 from orchestrator.artifacts import kept
-from orchestrator.backends.protocol import LoadPlan
+from orchestrator.backends.protocol import LoadPlan, Stats
 from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.adapter import open_adapter, targets
 from orchestrator.checkpoint.folder import open_checkpoint
@@ -55,6 +55,17 @@ class Session:
     engine: EngineProcess
     ready: Ready
     tokenizer: Tokenizer
+
+    def measured(self, stats: Stats) -> dict[str, Any]:
+        """What was measured in every session: times in s, sizes in bytes."""
+        return {
+            "load_s": self.ready.load_s,
+            "gpu_peak_bytes": stats.gpu_peak_bytes,
+            "host_peak_bytes": stats.host_peak_bytes,
+            "prefill_tokens_per_s": stats.prefill_tokens / stats.prefill_s if stats.prefill_s else None,
+            "decode_tokens_per_s": stats.decode_tokens / stats.decode_s if stats.decode_s else None,
+            "placement": self.ready.placement,
+        }
 
     def result(self) -> dict[str, Any]:
         """What result.json says of every session: the plan, the artifacts, the placement, the versions."""
