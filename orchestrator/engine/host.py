@@ -33,6 +33,7 @@ from orchestrator.errors import EngineError, OrchestratorError
 _READ_BYTES = 1 << 16
 _GATHER_S = 0.005  # an idle engine waits so long for more requests: a batch then starts with all of them
 _SMOKE_TOKENS = [1, 2, 3, 4]  # ids that every vocabulary has
+_WARM_IN_FLIGHT = 4  # the parent's usual number; more would cost a large model seconds
 _MAX_MESSAGE = 600  # characters of a Fatal's line
 
 
@@ -188,7 +189,7 @@ def _start(engine: Engine, plan: LoadPlan, outbox: wire.Sender) -> wire.Ready:
     done(2, "answering a few tokens")
     _smoke(engine)
     done(3, "warming up")
-    _generate(engine, "warm-up")
+    _generate(engine, "warm-up", min(plan.max_in_flight, _WARM_IN_FLIGHT))
     done(4, "ready")
     load, _, smoke, warm = (end - begin for begin, end in itertools.pairwise(times))
     return wire.Ready(bytes_per_device(placement), load, smoke, warm, engine.versions())
@@ -202,17 +203,18 @@ def _smoke(engine: Engine) -> None:
             "the model gave a probability that is not finite on its first tokens",
             "Its weights hold NaN, or overflow in this dtype: check the files, or set model.dtype=float32",
         )
-    _generate(engine, "smoke")
+    _generate(engine, "smoke", 1)
 
 
-def _generate(engine: Engine, name: str) -> None:
-    engine.submit(Request(name, list(_SMOKE_TOKENS), max_tokens=4))
-    while True:
+def _generate(engine: Engine, name: str, count: int) -> None:
+    """Answers a few tokens, `count` times at once: other kernels run for a batch than for one sequence."""
+    for number in range(count):
+        engine.submit(Request(f"{name} {number}", list(_SMOKE_TOKENS), max_tokens=4))
+    while count:
         for event in engine.events():
             if isinstance(event, Failed):
                 raise EngineError(f"the {name} answer failed: {event.message}")
-            if isinstance(event, Finished):
-                return
+            count -= isinstance(event, Finished)
 
 
 def _serve(engine: Engine, warm: Stats, inbox: Inbox, outbox: wire.Sender) -> None:
