@@ -9,8 +9,8 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from asking import answer, load_engine, make_plan
 from bitsandbytes import functional as F
-from conftest import answer, load_engine, make_plan
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from orchestrator.backends.hf_tensors import bytes_per_tensor, keep_4bit_layout

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import answer, load_engine, make_plan
+from asking import answer, load_engine, make_plan
 from transformers import AutoModelForCausalLM
 
 from orchestrator.backends.huggingface import HuggingFaceEngine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from conftest import make_plan
+from asking import make_plan
 
 from orchestrator.backends.protocol import LoadPlan
 from orchestrator.engine.placement import check_placement, planned_device

@@ -18,7 +18,7 @@ from socket import socketpair
 
 import pytest
 import tiny
-from conftest import FAKE, Answer, answer, make_plan
+from asking import FAKE, Answer, answer, make_plan
 
 from orchestrator.backends.protocol import Finished, LoadPlan, Request
 from orchestrator.engine import wire
@@ -223,7 +223,7 @@ ORPHAN = """
 import sys
 from pathlib import Path
 from dataclasses import replace
-from conftest import FAKE, make_plan
+from asking import FAKE, make_plan
 from orchestrator.backends.protocol import Request
 from orchestrator.engine.handle import EngineProcess
 

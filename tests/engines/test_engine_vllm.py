@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Answer, answer
+from asking import Answer, answer
 
 from orchestrator.backends.protocol import Finished, LoadPlan, Request
 from orchestrator.config import BackendConfig, Config, ParallelConfig, PathsConfig, QuantConfig, RunConfig

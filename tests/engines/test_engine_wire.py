@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from conftest import make_plan
+from asking import make_plan
 
 from orchestrator.backends.protocol import Delta, Failed, Finished, Request, Score, Stats
 from orchestrator.engine import wire
