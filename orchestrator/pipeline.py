@@ -6,7 +6,7 @@ import importlib
 import importlib.metadata
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Source:
     base: Checkpoint
     adapters: tuple[tuple[Adapter, float], ...] = ()
     name: str = ""
-    embedded: bool = field(default=False)
+    embedded: bool = False
 
 
 def merge_recipe(config: Config, source: Source) -> Recipe | None:

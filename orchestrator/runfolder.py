@@ -138,6 +138,9 @@ class RunFolder:
         except KeyboardInterrupt:
             self.status("interrupted", exit_code=130)
             raise
+        except (BrokenPipeError, SystemExit):  # whoever read the output has gone; rich exits then
+            self.status("interrupted", exit_code=1)
+            raise
         finally:
             root.removeHandler(handler)
             handler.close()

@@ -34,6 +34,11 @@ from orchestrator.tokenizer import Tokenizer, check_tokenizer
 ENGINE_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
+EMBEDDED_NOTE = (
+    f"the embedded model runs at {embedded.BITS:g} bits unless backend=, quant= or quant.bits= says otherwise"
+)
+
+
 @dataclass(frozen=True)
 class Planned:
     """A request that has been looked at: nothing is loaded, nothing is written."""
@@ -89,12 +94,16 @@ def look(config: Config, *, planning: bool) -> Planned:
     Raises:
         RequestError, EngineUnavailableError: as the checkpoint, the configuration and the machine say.
     """
-    config, source = find_source(config)
+    asked = config
+    config, source = find_source(asked)
     spec = model_spec(source.base)
     if not planning:
         check_tokenizer(source.base.path)
     hardware = detect(config.hardware, planning=planning)
-    return Planned(config, source, spec, hardware, make_plan(config, spec, hardware))
+    plan = make_plan(config, spec, hardware)
+    if config is not asked:
+        plan = replace(plan, notes=(*plan.notes, EMBEDDED_NOTE))
+    return Planned(config, source, spec, hardware, plan)
 
 
 def find_source(config: Config) -> tuple[Config, Source]:
@@ -116,8 +125,7 @@ def find_source(config: Config) -> tuple[Config, Source]:
         found = [(open_adapter(folder(a.path)), a.weight) for a in model.adapters]
     for adapter, _ in found:
         targets(adapter, base)  # an adapter of another model is refused before anything long
-    name = "the embedded model" if is_embedded else str(base.path)
-    return config, Source(base, tuple(found), name, is_embedded)
+    return config, Source(base, tuple(found), "the embedded model" if is_embedded else str(base.path), is_embedded)
 
 
 def embedded_defaults(config: Config) -> Config:

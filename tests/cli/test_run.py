@@ -75,6 +75,12 @@ def test_the_plan_has_the_documented_fields_and_was_kept(default_run: Done) -> N
     assert result["measured"]["placement"] == {"cpu": plan["host"]["weights"]}
 
 
+def test_the_width_that_nobody_asked_for_is_said(default_run: Done, orchestrator: Orchestrator) -> None:
+    said = "runs at 4 bits unless"
+    assert said in default_run.err
+    assert said not in orchestrator("task=plan", "quant.bits=4").err
+
+
 def test_the_result_has_what_was_measured_and_the_versions(default_run: Done) -> None:
     result = default_run.json("result.json")
     measured = result["measured"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -259,3 +260,16 @@ def test_a_reader_that_goes_away_is_no_traceback(orchestrator: Orchestrator) -> 
     command = f"{sys.executable} -m orchestrator --help | head -c 1"
     done = subprocess.run(command, shell=True, cwd=orchestrator.folder, env=orchestrator.env(), capture_output=True)
     assert b"Traceback" not in done.stderr
+
+
+def test_a_plan_whose_reader_goes_away_says_so_in_its_folder(orchestrator: Orchestrator) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = orchestrator.command("task=plan")
+    done = subprocess.run(
+        command, cwd=orchestrator.folder, env=orchestrator.env(), stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    assert b"Traceback" not in done.stderr
+    [run] = orchestrator.runs.iterdir()
+    assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
