@@ -159,6 +159,7 @@ def test_a_question_longer_than_the_context_costs_a_line(orchestrator: Orchestra
 
 def test_ctrl_d_ends_a_conversation_and_ctrl_c_does_not(orchestrator: Orchestrator, terminal: Terminal) -> None:
     terminal.type("half a line")
+    terminal.until("half a line")  # the terminal drops what is not read yet at Ctrl-C, and readline then waits for more
     terminal.interrupt_until("/quit or Ctrl-D ends")
     terminal.until("\n> ")
     assert terminal.ask(QUESTION) == ANSWER
