@@ -18,17 +18,18 @@ from typing import Any
 
 import psutil
 
-from orchestrator.checkpoint.adapter import Adapter, Target, check_values, consumed, targets
+from orchestrator.checkpoint.adapter import Adapter
 from orchestrator.checkpoint.adapter import fingerprint as adapter_fingerprint
 from orchestrator.checkpoint.carry import carry_over
 from orchestrator.checkpoint.folder import Checkpoint, fingerprint
 from orchestrator.checkpoint.reader import TensorReader
 from orchestrator.checkpoint.spec import main_dtype
-from orchestrator.checkpoint.tensors import DTYPES, PLAIN_FLOATS, TensorInfo
-from orchestrator.checkpoint.tied import superfluous_head, tied_pair
+from orchestrator.checkpoint.tensors import DTYPES, PLAIN_FLOATS
+from orchestrator.checkpoint.tied import tied_pair
 from orchestrator.checkpoint.trust import shown
 from orchestrator.checkpoint.writer import Shard, ShardWriter, plan_shards, write_index, write_text
 from orchestrator.errors import CheckpointError, ConfigError, StageError
+from orchestrator.stages.merge_plan import MergePlan, Output, plan_merge
 
 VERSION = "1"
 """Of this stage: part of an artifact's key, to be raised when the same inputs give other bytes."""
@@ -51,7 +52,7 @@ class _Job:
     """Everything that a shard's writing needs to know."""
 
     base: Checkpoint
-    changes: dict[str, list[tuple[float, Target]]]
+    plan: MergePlan
     out: Path
     recipe: str
 
@@ -83,12 +84,10 @@ def merge(
         ConfigError: a dtype that is not on the list.
         StageError: the disk is full (finished shards stay), or the folder holds another model.
     """
-    changes = _changes(base, adapters)
+    plan = plan_merge(base, adapters)
     _check_dtype(base, dtype)
-    head = superfluous_head(base)
-    dropped = [head] if head else []
-    shards = plan_shards(_layout(base, dtype, dropped), shard_size)
-    job = _Job(base, changes, out, _recipe(base, adapters, dtype, shard_size))
+    shards = plan_shards(_layout(plan, dtype), shard_size)
+    job = _Job(base, plan, out, _recipe(base, adapters, dtype, shard_size))
     try:
         _prepare(job, shards)
         records = _write_all(job, shards, progress)
@@ -105,9 +104,9 @@ def merge(
         "dtype": written,
         "shards": [{key: record[key] for key in ("name", "bytes", "digest", "kept")} for record in records],
         "modules": modules,
-        "dropped": dropped,
+        "dropped": list(plan.dropped),
         "carried": carried,
-        "notes": [*base.notes, *(note for adapter, _ in adapters for note in adapter.notes)],
+        "notes": list(plan.notes),
     }
 
 
@@ -120,23 +119,7 @@ def merged_size(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], dty
     pair = tied_pair(base)
     skip = pair[0].name if pair and pair[0].shares_all(pair[1]) else None
     infos = (info for info in base.tensors.values() if info.name != skip)
-    return sum(info.parameters * DTYPES[_written_dtype(info, dtype)].size for info in infos)
-
-
-def _changes(base: Checkpoint, adapters: list[tuple[Adapter, float]]) -> dict[str, list[tuple[float, Target]]]:
-    from orchestrator.stages.merge_tensor import check_weight
-
-    changes: dict[str, list[tuple[float, Target]]] = {}
-    for adapter, weight in adapters:
-        found = targets(adapter, base)
-        left = set(adapter.tensors) - set(consumed(found.values()))
-        if left:
-            raise CheckpointError(f"{shown(adapter.path, 400)}: {shown(min(left))} would not be used")
-        check_values(adapter)
-        for name, target in found.items():
-            check_weight(target, weight, changes.get(name, []), shown(adapter.path, 400))
-            changes.setdefault(name, []).append((weight, target))
-    return changes
+    return sum(info.parameters * DTYPES[_written_dtype(Output(info.name, info), dtype)].size for info in infos)
 
 
 def _check_dtype(base: Checkpoint, dtype: str | None) -> None:
@@ -152,15 +135,15 @@ def _check_dtype(base: Checkpoint, dtype: str | None) -> None:
         )
 
 
-def _written_dtype(info: TensorInfo, dtype: str | None) -> str:
-    if dtype is None or info.dtype not in PLAIN_FLOATS or info.name.endswith(_NEVER_CAST):
+def _written_dtype(output: Output, dtype: str | None) -> str:
+    info = output.replaced or output.source  # an adapter's own tensors are often float32: the base decides
+    if dtype is None or info.dtype not in PLAIN_FLOATS or output.name.endswith(_NEVER_CAST):
         return info.dtype
     return WRITTEN[dtype]
 
 
-def _layout(base: Checkpoint, dtype: str | None, dropped: list[str]) -> list[tuple[str, str, tuple[int, ...]]]:
-    infos = (info for info in base.tensors.values() if info.name not in dropped)
-    return [(info.name, _written_dtype(info, dtype), info.shape) for info in infos]
+def _layout(plan: MergePlan, dtype: str | None) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [(output.name, _written_dtype(output, dtype), output.source.shape) for output in plan.outputs]
 
 
 def _recipe(base: Checkpoint, adapters: list[tuple[Adapter, float]], dtype: str | None, shard_size: int) -> str:
@@ -226,12 +209,12 @@ def _advance(progress: Progress, start: int, total: int, done: int, name: str) -
 def _write_shard(job: _Job, shard: Shard, progress: Callable[[int, str], None]) -> dict[str, Any]:
     from orchestrator.stages.merge_tensor import Merged, pieces
 
+    outputs = {output.name: output for output in job.plan.outputs}
     modules = []
     done = 0
     with TensorReader() as reader, ShardWriter(job.out, shard) as writer:
         for tensor in shard.tensors:
-            info = job.base.tensors[tensor.name]
-            merged = Merged(info, tensor.dtype, job.changes.get(tensor.name, []))
+            merged = Merged(outputs[tensor.name], tensor.dtype)
             writer.write(tensor.name, pieces(reader, merged))
             modules += merged.report()
             done += tensor.nbytes

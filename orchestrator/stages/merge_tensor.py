@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from orchestrator.checkpoint.adapter import LoraTarget, ReplaceTarget, Target
 from orchestrator.checkpoint.bits import all_finite
 from orchestrator.checkpoint.reader import TensorReader
-from orchestrator.checkpoint.tensors import DTYPES, TensorInfo
+from orchestrator.checkpoint.tensors import DTYPES
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
+from orchestrator.stages.change import Change
+from orchestrator.stages.merge_plan import Output
 
 ROWS_BYTES = 16 * 2**20
 """Bytes of the source that are worked on at a time; float32 copies make it about eight times that in memory."""
@@ -34,30 +35,13 @@ def give_memory_back() -> None:
         mallopt(_M_TRIM_THRESHOLD, _LARGE)
 
 
-def check_weight(target: Target, weight: float, others: list[tuple[float, Target]], where: str) -> None:
-    """Raises CheckpointError where an adapter's weight, or several adapters together, have no meaning."""
-    if not math.isfinite(weight):
-        raise CheckpointError(f"{where}: the adapter's weight is {weight}, not a finite number")
-    replaces = isinstance(target, ReplaceTarget)
-    if replaces and weight != 1:
-        raise CheckpointError(
-            f"{where}: {shown(target.tensor)} replaces the base's, which a weight of {weight} cannot scale",
-            "Give it the weight 1.",
-        )
-    if others and (replaces or any(isinstance(other, ReplaceTarget) for _, other in others)):
-        raise CheckpointError(
-            f"{where}: {shown(target.tensor)} is replaced by one adapter and changed by another",
-            "Merge one adapter only.",
-        )
-
-
 class Merged:
     """What becomes of one tensor, and what changed on the way (known once its pieces are used up)."""
 
-    def __init__(self, info: TensorInfo, dtype: str, changes: list[tuple[float, Target]]) -> None:
-        self.info = info
+    def __init__(self, output: Output, dtype: str) -> None:
+        self.output = output
+        self.info = output.source
         self.dtype = dtype
-        self.changes = changes
         self.before = self.after = 0.0
         self.changed = 0
 
@@ -73,16 +57,15 @@ class Merged:
         `relative_change` is |W' - W| / |W| (Frobenius), before the cast; None for a base of zeros.
         `changed` is the share of elements whose written value differs from the base's.
         """
-        if not self.changes:
+        if not self.output.touched:
             return []
         relative = math.sqrt(self.after / self.before) if self.before else None
-        used = sorted(name for _, target in self.changes for name in target.consumed)
         return [
             {
-                "tensor": self.info.name,
+                "tensor": self.output.name,
                 "relative_change": relative,
                 "changed": self.changed / max(self.info.parameters, 1),
-                "used": used,
+                "used": list(self.output.used),
             }
         ]
 
@@ -94,17 +77,19 @@ def pieces(reader: TensorReader, merged: Merged) -> Iterator[Any]:
         CheckpointError: NaN or infinite values in the base or in the result, or beyond the written dtype's range.
     """
     dtype = getattr(torch, DTYPES[merged.dtype].torch)
-    change = _Change(reader, merged.changes) if merged.changes else None
+    change = Change(reader, merged.output) if merged.output.touched else None
+    replaced = merged.output.replaced
     for start, rows in reader.rows(merged.info, ROWS_BYTES):
         if not all_finite(_bytes(rows), merged.info.dtype):
             raise CheckpointError(
-                f"{shown(merged.info.name)} in {shown(merged.info.file, 400)} holds NaN or infinite values",
+                f"{shown(merged.output.name)} in {shown(merged.info.file, 400)} holds NaN or infinite values",
                 "The model is damaged: download it again, or use an earlier checkpoint.",
             )
         new = rows
         if change is not None:
-            old = rows.to(_compute_dtype(merged.info.dtype))
-            new = change.apply(old, start)
+            compute = _compute_dtype(merged.info.dtype)
+            new = change.apply(rows.to(compute, copy=True), start)
+            old = (reader.read(replaced)[start : start + len(rows)] if replaced else rows).to(compute)
         written = new.to(dtype)
         if change is not None:
             merged.note(old, new, written)
@@ -112,31 +97,6 @@ def pieces(reader: TensorReader, merged: Merged) -> Iterator[Any]:
         if written is not rows and not all_finite(data, merged.dtype):
             raise _overflow(merged, new)
         yield data
-
-
-class _Change:
-    """The adapters' tensors for one weight, read once."""
-
-    def __init__(self, reader: TensorReader, changes: list[tuple[float, Target]]) -> None:
-        self.value: torch.Tensor | None = None
-        self.lora: list[tuple[LoraTarget, float, torch.Tensor, torch.Tensor]] = []
-        for weight, target in changes:
-            if isinstance(target, ReplaceTarget):
-                self.value = reader.read(target.value)
-            else:
-                a, b = reader.read(target.a).float(), reader.read(target.b).float()
-                self.lora.append((target, target.scale * weight, a, b))
-
-    def apply(self, old: torch.Tensor, start: int) -> torch.Tensor:
-        """The new values of the rows `old`, of which `start` is the first one's number."""
-        if self.value is not None:
-            return self.value[start : start + len(old)].to(old.dtype)
-        new = old.clone()
-        for target, scale, a, b in self.lora:
-            rows = slice(start, start + len(old))
-            delta = (b @ a[:, rows]).T if target.transposed else b[rows] @ a
-            new += delta * scale
-        return new
 
 
 def _compute_dtype(dtype: str) -> torch.dtype:
@@ -148,7 +108,7 @@ def _bytes(tensor: torch.Tensor) -> Any:
 
 
 def _overflow(merged: Merged, new: torch.Tensor) -> CheckpointError:
-    name = shown(merged.info.name)
+    name = shown(merged.output.name)
     largest = float(new.abs().max())
     if not math.isfinite(largest):
         return CheckpointError(
