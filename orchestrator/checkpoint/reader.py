@@ -1,14 +1,14 @@
-"""One tensor at a time out of checkpoint files, without the files ever being in memory.
+"""Tensors out of checkpoint files, some rows at a time, without the files ever being in memory.
 
-Files are mapped; a tensor is copied once; the pages behind it are given back. torch is imported only when a
-tensor is asked for: raw bytes need none.
+Contiguous data are read, not mapped: a file that becomes shorter is then an error and no signal, and what is
+read counts as memory only while it is worked on. Only strided tensors are mapped. torch is imported only when
+a tensor is asked for: raw bytes need none.
 """
 
 import mmap
+import os
 from collections.abc import Iterator
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,128 +19,86 @@ from orchestrator.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-MAX_OPEN = 16
-"""Files kept mapped; the one opened first is closed for the next."""
-
 _BITS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_TORCH_BITS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
 
 
-class TensorReader:
-    """Reads tensors by their `TensorInfo`; a context manager, not for several threads at once."""
+def row_ranges(info: TensorInfo, limit: int) -> Iterator[tuple[int, int]]:
+    """The tensor's rows (of its first dimension) in ranges of at most `limit` bytes; a single row may be larger.
 
-    def __init__(self) -> None:
-        self._maps: dict[Path, mmap.mmap] = {}
-        self._lent: TensorInfo | None = None
+    A tensor without dimensions is one row; one without elements has none to read and is a range of its own.
+    """
+    rows = info.shape[0] if info.shape else 1
+    step = max(limit * rows // info.nbytes, 1) if info.nbytes else max(rows, 1)
+    for start in range(0, max(rows, 1), step):
+        yield start, min(start + step, rows)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        while self._maps:
-            self._close(next(iter(self._maps)))
+def read_words(info: TensorInfo, start: int, stop: int) -> "np.ndarray[Any, Any]":
+    """Rows `start` to `stop` of a tensor as unsigned words of its element's size, in row-major order.
 
-    def read(self, info: TensorInfo) -> "torch.Tensor":
-        """A copy of the whole tensor on the CPU, contiguous whatever its strides were.
+    Shape (stop - start, ...), or () for a tensor without dimensions. For any thread.
 
-        Raises:
-            CheckpointError: the file is gone or has become shorter.
-        """
-        tensors = [tensor for _, tensor in self.rows(info, max(info.nbytes, 1))]
-        return tensors[0]
+    Raises:
+        CheckpointError: the file is gone or has become shorter.
+    """
+    shape = (stop - start, *info.shape[1:]) if info.shape else ()
+    words = np.empty(shape, dtype=_BITS[DTYPES[info.dtype].size])
+    if words.size:
+        _fill(info, start, words)
+    return words
 
-    def rows(self, info: TensorInfo, limit: int) -> Iterator[tuple[int, "torch.Tensor"]]:
-        """The tensor as copies of consecutive rows (of its first dimension), with the first row's number.
 
-        Args:
-            limit: bytes of one piece; a single row may be larger.
+def read_rows(info: TensorInfo, start: int, stop: int) -> "torch.Tensor":
+    """As `read_words`, as a tensor of the stored type on the CPU."""
+    import torch
 
-        Raises:
-            CheckpointError: the file is gone or has become shorter.
-        """
-        if info.parameters == 0 or not info.shape:
-            yield 0, self._copy(info, None)
-            return
-        step = max(limit * info.shape[0] // info.nbytes, 1)
-        for start in range(0, info.shape[0], step):
-            yield start, self._copy(info, slice(start, min(start + step, info.shape[0])))
+    dtype = getattr(torch, DTYPES[info.dtype].torch)
+    words = read_words(info, start, stop)
+    if not words.size:
+        return torch.empty(words.shape, dtype=dtype)
+    return torch.frombuffer(words, dtype=dtype).reshape(words.shape)
 
-    def raw(self, info: TensorInfo) -> memoryview:
-        """The bytes of a contiguous tensor where they lie in the mapped file: no copy, read-only.
 
-        Its pages are given back at the next call; a view that is kept stays valid and reads them again.
+def read_tensor(info: TensorInfo) -> "torch.Tensor":
+    """The whole tensor on the CPU, contiguous whatever its strides were.
 
-        Raises:
-            CheckpointError: not contiguous, or the file is gone or has become shorter.
-        """
-        if not info.contiguous:
-            raise CheckpointError(f"tensor {shown(info.name)} in {info.file} is not contiguous")
-        mapped = self._map(info)
-        self._lent = info
-        return memoryview(mapped)[info.offset : info.offset + info.nbytes]
+    Raises:
+        CheckpointError: the file is gone or has become shorter.
+    """
+    return read_rows(info, 0, info.shape[0] if info.shape else 1)
 
-    def data(self, info: TensorInfo) -> Any:
-        """The bytes of any tensor as a buffer in row-major order: `raw`, or a copy of a strided one."""
-        return self.raw(info) if info.contiguous else np.ascontiguousarray(self._strided(info))
 
-    def _strided(self, info: TensorInfo) -> "np.ndarray[Any, Any]":
-        size = DTYPES[info.dtype].size
-        return np.ndarray(
-            info.shape,
-            dtype=_BITS[size],
-            buffer=self._map(info),
-            offset=info.offset,
-            strides=[step * size for step in info.strides],
-        )
+def _fill(info: TensorInfo, start: int, words: "np.ndarray[Any, Any]") -> None:
+    try:
+        with info.file.open("rb", buffering=0) as stream:
+            if info.contiguous:
+                _read_into(info, stream.fileno(), start, words)
+            else:
+                _gather(info, stream.fileno(), start, words)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{shown(info.file, 400)} cannot be read: {error}") from error
 
-    def _copy(self, info: TensorInfo, rows: slice | None) -> "torch.Tensor":
-        import torch
 
-        size = DTYPES[info.dtype].size
-        dtype = getattr(torch, DTYPES[info.dtype].torch)
-        if info.parameters == 0:
-            return torch.empty(info.shape, dtype=dtype)
-        source = self._strided(info)
-        wanted = source if rows is None else source[rows]
-        result = torch.empty(wanted.shape, dtype=dtype)
-        result.view(getattr(torch, _TORCH_BITS[size])).numpy().view(_BITS[size])[...] = wanted
-        self._release(info, rows)
-        return result
+def _read_into(info: TensorInfo, descriptor: int, start: int, words: "np.ndarray[Any, Any]") -> None:
+    offset = info.offset + start * (info.nbytes // info.shape[0] if info.shape else 0)
+    left = words.data.cast("B")
+    while left:
+        count = os.preadv(descriptor, [left], offset)
+        if count == 0:
+            raise _shorter(info)
+        left, offset = left[count:], offset + count
 
-    def _release(self, info: TensorInfo, rows: slice | None) -> None:
-        mapped = self._maps.get(info.file)
-        if mapped is None or not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        start, end = info.offset, info.offset + info.span
-        if rows is not None and info.contiguous:
-            row = info.nbytes // info.shape[0]
-            start, end = info.offset + rows.start * row, info.offset + rows.stop * row
-        start -= start % mmap.PAGESIZE
-        # Pages shared with a neighbour are read again from the file if they are wanted.
-        mapped.madvise(mmap.MADV_DONTNEED, start, min(end, len(mapped)) - start)
 
-    def _map(self, info: TensorInfo) -> mmap.mmap:
-        if self._lent is not None:
-            self._release(self._lent, None)
-            self._lent = None
-        if info.file not in self._maps:
-            if len(self._maps) >= MAX_OPEN:
-                self._close(next(iter(self._maps)))
-            try:
-                with info.file.open("rb") as stream:
-                    self._maps[info.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{info.file} cannot be read: {error}") from error
-        mapped = self._maps[info.file]
+def _gather(info: TensorInfo, descriptor: int, start: int, words: "np.ndarray[Any, Any]") -> None:
+    size = DTYPES[info.dtype].size
+    with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as mapped:
         if info.offset + info.span > len(mapped):
-            raise CheckpointError(f"{info.file} has become shorter since its header was read")
-        return mapped
+            raise _shorter(info)
+        strides = [step * size for step in info.strides]
+        source: np.ndarray[Any, Any] = np.ndarray(info.shape, words.dtype, mapped, info.offset, strides)
+        words[...] = source[start : start + len(words)] if info.shape else source
+        del source  # or the mapping could not be closed
 
-    def _close(self, file: Path) -> None:
-        mapped = self._maps.pop(file)
-        try:
-            mapped.close()
-        except BufferError:
-            return  # a view of it is still in use: the mapping goes when that does
+
+def _shorter(info: TensorInfo) -> CheckpointError:
+    return CheckpointError(f"{shown(info.file, 400)} has become shorter since its header was read")

@@ -4,23 +4,26 @@ The format: https://github.com/huggingface/safetensors#format. A file appears un
 of it is on the disk.
 """
 
-import contextlib
-import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BufferedWriter
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import xxhash
 
 from orchestrator.checkpoint.tensors import DTYPES
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import StageError
 
 INDEX_NAME = "model.safetensors.index.json"
+FLUSH_BYTES = 256 * 2**20
+"""So much is written before the disk is told to take it."""
 
 
 @dataclass(frozen=True)
@@ -100,21 +103,26 @@ def plan_shards(tensors: Sequence[tuple[str, str, tuple[int, ...]]], shard_size:
 class ShardWriter:
     """Writes one shard as `<name>.part` and renames it when it is whole; a context manager.
 
-    Left without `finish`, it removes what it wrote.
+    Left without `finish`, it removes what it wrote. While the next data come, what was written goes to the disk in
+    the background: the flush at the end has little left to wait for.
     """
 
     def __init__(self, folder: Path, shard: Shard) -> None:
         self.shard = shard
         self.final = folder / shard.name
         self.part = folder / f"{shard.name}.part"
-        self._digest = hashlib.blake2b(digest_size=32)
+        self._digest = xxhash.xxh3_128()
         self._waiting = list(reversed(shard.tensors))
-        self._stream: BufferedWriter | None = None
+        self._missing = 0  # bytes of the tensor that is being written
+        self._stream: FileIO | None = None
+        self._flusher = ThreadPoolExecutor(1, "flush")
+        self._flush: Future[None] | None = None
+        self._unflushed = 0
 
     def __enter__(self) -> Self:
-        self._stream = self.part.open("wb")
+        self._stream = self.part.open("wb", buffering=0)
         try:
-            self._put(self.shard.header)
+            self._put(memoryview(self.shard.header))
         except OSError:
             self._discard()
             raise
@@ -125,34 +133,42 @@ class ShardWriter:
     ) -> None:
         self._discard()
 
-    def write(self, name: str, pieces: Iterable[Any]) -> None:
-        """The data of the shard's next tensor, as buffers of bytes in order.
+    def write(self, name: str, piece: Any) -> None:
+        """The next bytes (a buffer) of the tensor that is being written, or the first ones of the shard's next.
 
         Raises:
-            StageError: another tensor was due, or the pieces do not add up to its size.
+            StageError: another tensor was due, or there are more bytes than it has.
         """
+        if memoryview(piece).nbytes == 0:
+            return
+        view = memoryview(piece).cast("B")
+        if self._missing == 0:
+            self._skip_empty()
+            self._missing = self._waiting[-1].nbytes if self._waiting else 0
         due = self._waiting[-1].name if self._waiting else "the end"
         if due != name:
             raise StageError(f"{self.part} expected {shown(due)}, was given {shown(name)}")
-        tensor = self._waiting.pop()
-        written = 0
-        for piece in pieces:
-            view = memoryview(piece).cast("B")
-            written += len(view)
-            self._put(view)
-        if written != tensor.nbytes:
-            raise StageError(f"{self.part}: {shown(name)} has {written:,} bytes, not {tensor.nbytes:,}")
+        if len(view) > self._missing:
+            raise StageError(f"{self.part}: {shown(name)} has {len(view) - self._missing:,} bytes too many")
+        self._put(view)
+        self._missing -= len(view)
+        if self._missing == 0:
+            self._waiting.pop()
 
     def finish(self) -> str:
-        """Flushes the file to the disk and gives it its name. Returns its BLAKE2b-256 digest (hex).
+        """Flushes the file to the disk and gives it its name. Returns its digest (XXH3-128, in hex).
 
         Raises:
-            StageError: a tensor was not written.
+            StageError: a tensor was not written, or not whole.
         """
+        if self._missing == 0:
+            self._skip_empty()
         if self._waiting or self._stream is None:
             left = shown(self._waiting[-1].name) if self._waiting else "everything"
-            raise StageError(f"{self.part} is not whole: {left} was not written")
-        self._stream.flush()
+            raise StageError(f"{self.part} is not whole: {left} was not written to its end")
+        self._flusher.shutdown(wait=True)
+        if self._flush is not None:
+            self._flush.result()
         os.fsync(self._stream.fileno())
         self._stream.close()
         self._stream = None
@@ -160,19 +176,29 @@ class ShardWriter:
         sync_folder(self.final.parent)
         return self._digest.hexdigest()
 
+    def _skip_empty(self) -> None:
+        while self._waiting and self._waiting[-1].nbytes == 0:
+            self._waiting.pop()
+
     def _discard(self) -> None:
+        self._flusher.shutdown(wait=True, cancel_futures=True)
         stream, self._stream = self._stream, None
         if stream is not None:
-            # What is still buffered may not fit on a full disk; it is not wanted any more.
-            with contextlib.suppress(OSError):
-                stream.close()
+            stream.close()
             self.part.unlink(missing_ok=True)
 
-    def _put(self, data: bytes | memoryview) -> None:
+    def _put(self, data: memoryview) -> None:
         if self._stream is None:
             raise StageError(f"{self.part} is not open")
         self._digest.update(data)
-        self._stream.write(data)
+        self._unflushed += len(data)
+        while data:
+            data = data[self._stream.write(data) :]
+        if self._unflushed >= FLUSH_BYTES and (self._flush is None or self._flush.done()):
+            if self._flush is not None:
+                self._flush.result()  # raises what the disk said
+            self._flush = self._flusher.submit(os.fdatasync, self._stream.fileno())
+            self._unflushed = 0
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from orchestrator.checkpoint.reader import TensorReader
+from orchestrator.checkpoint.reader import read_tensor
 from orchestrator.stages.merge_plan import Output
 
 
@@ -13,10 +13,10 @@ class Change:
         whole: the rows depend on each other: `apply` is to be given all of them at once.
     """
 
-    def __init__(self, reader: TensorReader, output: Output) -> None:
+    def __init__(self, output: Output) -> None:
         self.whole = False
         self._lora = [
-            (target, target.scale * weight, reader.read(target.a).float(), reader.read(target.b).float())
+            (target, target.scale * weight, read_tensor(target.a).float(), read_tensor(target.b).float())
             for weight, target in output.changes
         ]
 

@@ -136,7 +136,7 @@ def _inputs(model: Model, source: Checkpoint) -> dict[str, Any]:
 def _file_input(path: str | None) -> dict[str, Any]:
     assert path is not None
     file = folder(path)
-    return {"size": file.stat().st_size, "blake2b": digest(file)}
+    return {"size": file.stat().st_size, "xxh3_128": digest(file)}
 
 
 def _measurement_recipe(config: Config, inputs: dict[str, Any], length: int) -> Recipe | None:

@@ -10,8 +10,10 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,6 @@ from orchestrator.checkpoint.adapter import Adapter
 from orchestrator.checkpoint.adapter import fingerprint as adapter_fingerprint
 from orchestrator.checkpoint.carry import carry_over
 from orchestrator.checkpoint.folder import Checkpoint, fingerprint
-from orchestrator.checkpoint.reader import TensorReader
 from orchestrator.checkpoint.spec import main_dtype
 from orchestrator.checkpoint.tensors import DTYPES, PLAIN_FLOATS
 from orchestrator.checkpoint.tied import tied_pair
@@ -30,8 +31,9 @@ from orchestrator.checkpoint.trust import shown
 from orchestrator.checkpoint.writer import Shard, ShardWriter, plan_shards, write_index, write_text
 from orchestrator.errors import CheckpointError, ConfigError, StageError
 from orchestrator.stages.merge_plan import MergePlan, Output, plan_merge
+from orchestrator.stages.pieces import Tally, in_order, keep_memory_flat, pieces, thread_count, work
 
-VERSION = "1"
+VERSION = "2"
 """Of this stage: part of an artifact's key, to be raised when the same inputs give other bytes."""
 
 WRITTEN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -52,9 +54,10 @@ class _Job:
     """Everything that a shard's writing needs to know."""
 
     base: Checkpoint
-    plan: MergePlan
+    outputs: dict[str, Output]
     out: Path
     recipe: str
+    computes: bool  # whether anything is more than copied
 
 
 def merge(
@@ -87,7 +90,9 @@ def merge(
     plan = plan_merge(base, adapters)
     _check_dtype(base, dtype)
     shards = plan_shards(_layout(plan, dtype), shard_size)
-    job = _Job(base, plan, out, _recipe(base, adapters, dtype, shard_size))
+    outputs = {output.name: output for output in plan.outputs}
+    computes = bool(adapters) or dtype is not None
+    job = _Job(base, outputs, out, _recipe(base, adapters, dtype, shard_size), computes)
     try:
         _prepare(job, shards)
         records = _write_all(job, shards, progress)
@@ -184,51 +189,71 @@ def _complete(job: _Job, shards: list[Shard], dtype: str) -> list[str]:
 
 
 def _write_all(job: _Job, shards: list[Shard], progress: Progress) -> list[dict[str, Any]]:
-    from orchestrator.stages.merge_tensor import give_memory_back
-
-    give_memory_back()
+    keep_memory_flat()
     total = sum(shard.data_bytes for shard in shards)
     records: list[dict[str, Any]] = []
     done = 0
-    for shard in shards:
-        record = _kept(job, shard)
-        if record is None:
-            record = _write_shard(job, shard, functools.partial(_advance, progress, done, total))
-        done += shard.data_bytes
-        if record["kept"]:
-            progress(done, total, shard.tensors[-1].name)
-        records.append(record)
-        _log_memory(record, len(records), len(shards))
+    with _pool(job) as pool:
+        for shard in shards:
+            record = _kept(job, shard)
+            if record is None:
+                record = _write_shard(job, shard, pool, functools.partial(_advance, progress, done, total))
+            done += shard.data_bytes
+            if record["kept"]:
+                progress(done, total, shard.tensors[-1].name)
+            records.append(record)
+            _log_memory(record, len(records), len(shards))
     return records
+
+
+def _pool(job: _Job) -> ThreadPoolExecutor:
+    if not job.computes:
+        return ThreadPoolExecutor(thread_count(), "pieces")
+    from orchestrator.stages.merge_tensor import one_thread
+
+    return ThreadPoolExecutor(thread_count(), "pieces", initializer=one_thread)
 
 
 def _advance(progress: Progress, start: int, total: int, done: int, name: str) -> None:
     progress(start + done, total, name)
 
 
-def _write_shard(job: _Job, shard: Shard, progress: Callable[[int, str], None]) -> dict[str, Any]:
-    from orchestrator.stages.merge_tensor import Merged, pieces
-
-    outputs = {output.name: output for output in job.plan.outputs}
-    modules = []
+def _write_shard(
+    job: _Job, shard: Shard, pool: ThreadPoolExecutor, progress: Callable[[int, str], None]
+) -> dict[str, Any]:
+    outputs = ((job.outputs[tensor.name], tensor.dtype) for tensor in shard.tensors)
+    tallies: dict[str, Tally] = {}
     done = 0
-    with TensorReader() as reader, ShardWriter(job.out, shard) as writer:
-        for tensor in shard.tensors:
-            merged = Merged(outputs[tensor.name], tensor.dtype)
-            writer.write(tensor.name, pieces(reader, merged))
-            modules += merged.report()
-            done += tensor.nbytes
-            progress(done, tensor.name)
+    with ShardWriter(job.out, shard) as writer:
+        for worked in in_order(pool, work, pieces(outputs), 2 * thread_count() + 1):
+            name = worked.piece.output.name
+            writer.write(name, worked.data)
+            tallies[name] = tallies.get(name, Tally()) + worked.tally
+            done += worked.data.nbytes
+            progress(done, name)
         record = {
             "name": shard.name,
             "bytes": shard.file_bytes,
             "digest": writer.finish(),
             "recipe": job.recipe,
-            "modules": modules,
+            "modules": [
+                _module(job.outputs[name], tally) for name, tally in tallies.items() if job.outputs[name].touched
+            ],
         }
     # After the shard: killed between the two, the shard has no record of this recipe and is written again.
     write_text(_record_file(job.out, shard.name), json.dumps(record))
     return {**record, "kept": False}
+
+
+def _module(output: Output, tally: Tally) -> dict[str, Any]:
+    """What became of one tensor that an adapter has a part in.
+
+    `relative_change` is |W' - W| / |W| (Frobenius), before the cast; None for a base of zeros.
+    `changed` is the share of elements whose written value differs from the base's.
+    """
+    relative = math.sqrt(tally.change / tally.before) if tally.before else None
+    changed = tally.changed / max(output.source.parameters, 1)
+    return {"tensor": output.name, "relative_change": relative, "changed": changed, "used": list(output.used)}
 
 
 def _kept(job: _Job, shard: Shard) -> dict[str, Any] | None:

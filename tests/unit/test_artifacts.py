@@ -95,14 +95,14 @@ def test_the_manifest_tells_what_it_was_made_of(store: Store) -> None:
     assert manifest["inputs"] == RECIPE.inputs
     assert manifest["options"] == RECIPE.options
     assert (manifest["stage"], manifest["stage_version"]) == ("merge", 3)
-    assert manifest["files"]["a.safetensors"] == {"size": 700, "blake2b": digest(artifact.path / "a.safetensors")}
+    assert manifest["files"]["a.safetensors"] == {"size": 700, "xxh3_128": digest(artifact.path / "a.safetensors")}
     assert set(manifest["files"]) == {"a.safetensors", "config.json"}
     assert artifact.size == 702
 
 
 def test_digests_that_the_stage_computed_are_taken(store: Store) -> None:
     artifact, _ = build(store, make=lambda folder: replace(write_two(folder), digests={"config.json": "abc"}))
-    assert artifact.manifest["files"]["config.json"]["blake2b"] == "abc"
+    assert artifact.manifest["files"]["config.json"]["xxh3_128"] == "abc"
 
 
 def test_using_an_artifact_makes_it_young_again(store: Store) -> None:

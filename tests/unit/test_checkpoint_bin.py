@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.checkpoint.headers import read_header
-from orchestrator.checkpoint.reader import TensorReader
+from orchestrator.checkpoint.reader import read_tensor
 from orchestrator.checkpoint.trust import IncompleteError
 from orchestrator.errors import CheckpointError
 from tests.checkpoints import model_tensors, raw_bin, write_model
@@ -55,17 +55,16 @@ def test_every_kind_of_tensor_is_found_and_read_as_torch_does(tmp_path, wrapped)
     torch.save({"epoch": 3, "state_dict": tensors} if wrapped else tensors, file)
     found = {info.name: info for info in read_header(file).tensors}
     assert list(found) == list(tensors)
-    with TensorReader() as reader:
-        for name, tensor in tensors.items():
-            info = found[name]
-            assert info.shape == tuple(tensor.shape)
-            assert info.contiguous == tensor.is_contiguous()
-            read = reader.read(info)
-            assert read.is_contiguous()
-            assert read.dtype == tensor.dtype
-            assert torch.equal(
-                read.contiguous().view(-1).view(torch.uint8), tensor.detach().contiguous().view(-1).view(torch.uint8)
-            ), name
+    for name, tensor in tensors.items():
+        info = found[name]
+        assert info.shape == tuple(tensor.shape)
+        assert info.contiguous == tensor.is_contiguous()
+        read = read_tensor(info)
+        assert read.is_contiguous()
+        assert read.dtype == tensor.dtype
+        assert torch.equal(
+            read.contiguous().view(-1).view(torch.uint8), tensor.detach().contiguous().view(-1).view(torch.uint8)
+        ), name
 
 
 def test_a_module_s_own_state_dict_with_its_metadata_is_read(tmp_path):

@@ -17,7 +17,7 @@ from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.spec import model_spec
 from orchestrator.checkpoint.writer import ShardWriter
 from orchestrator.errors import CheckpointError, ConfigError, StageError
-from orchestrator.stages import merge_tensor
+from orchestrator.stages import pieces
 from orchestrator.stages.merge import merge, merged_size
 from tests.checkpoints import CONFIG, Q_PROJ, adapter_tensors, model_tensors, write_adapter, write_model
 
@@ -144,7 +144,7 @@ def test_linears_stored_the_other_way_round(tmp_path):
 
 def test_pieces_of_a_few_rows_give_the_same(tmp_path, llama, monkeypatch):
     wanted = train(llama, tmp_path / "lora", r=4, target_modules=ALL)
-    monkeypatch.setattr(merge_tensor, "ROWS_BYTES", 1000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
     run(llama, [tmp_path / "lora"], tmp_path / "out", shard_size=10_000)
     for name, tensor in weights(tmp_path / "out").items():
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-6)
