@@ -18,92 +18,10 @@ import time
 from pathlib import Path
 
 from common import save
+from made_up import Shape, write_adapter, write_base
 
-SHAPE = {"hidden": 2048, "intermediate": 5632, "vocab": 8192, "heads": 32, "kv_heads": 8}
 LAYERS = (6, 24)
-RANK = 16
 BOUND = 1.10  # the larger model's peak over the smaller's
-
-
-def linears() -> dict[str, tuple[int, int]]:
-    """The linears of one layer: name -> (out, in)."""
-    hidden, inner = SHAPE["hidden"], SHAPE["intermediate"]
-    kv = hidden // SHAPE["heads"] * SHAPE["kv_heads"]
-    attention = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden)}
-    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    return {f"self_attn.{k}": v for k, v in attention.items()} | {f"mlp.{k}": v for k, v in mlp.items()}
-
-
-def write_base(folder: Path, layers: int) -> int:
-    """A sharded .bin checkpoint of two layers a shard; returns its bytes."""
-    import torch
-
-    folder.mkdir(parents=True)
-    hidden, vocab = SHAPE["hidden"], SHAPE["vocab"]
-    torch.manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape) * 0.02).half()
-
-    shards: list[dict[str, torch.Tensor]] = [{"model.embed_tokens.weight": random(vocab, hidden)}]
-    weight_map: dict[str, str] = {}
-    count = (layers + 1) // 2 + 2
-    total = 0
-
-    def flush(state: dict[str, torch.Tensor], number: int) -> None:
-        nonlocal total
-        name = f"pytorch_model-{number:05d}-of-{count:05d}.bin"
-        torch.save(state, folder / name)
-        weight_map.update(dict.fromkeys(state, name))
-        total += sum(t.numel() * t.element_size() for t in state.values())
-
-    flush(shards[0], 1)
-    for pair in range((layers + 1) // 2):
-        state = {}
-        for layer in range(2 * pair, min(2 * pair + 2, layers)):
-            prefix = f"model.layers.{layer}."
-            state |= {f"{prefix}{name}.weight": random(*shape) for name, shape in linears().items()}
-            norms = ("input_layernorm", "post_attention_layernorm")
-            state |= {f"{prefix}{name}.weight": torch.ones(hidden).half() for name in norms}
-        flush(state, pair + 2)
-    flush({"model.norm.weight": torch.ones(hidden).half(), "lm_head.weight": random(vocab, hidden)}, count)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": SHAPE["intermediate"],
-        "num_hidden_layers": layers,
-        "num_attention_heads": SHAPE["heads"],
-        "num_key_value_heads": SHAPE["kv_heads"],
-        "vocab_size": vocab,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return total
-
-
-def write_adapter(folder: Path, layers: int) -> None:
-    """A rank-16 adapter on every linear, in PEFT's format."""
-    import torch
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
-    state = {}
-    for layer in range(layers):
-        for name, (rows, columns) in linears().items():
-            key = f"base_model.model.model.layers.{layer}.{name}"
-            state[f"{key}.lora_A.weight"] = torch.randn(RANK, columns) * 0.02
-            state[f"{key}.lora_B.weight"] = torch.randn(rows, RANK) * 0.02
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    targets = sorted({name.split(".")[-1] for name in linears()})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 32, "target_modules": targets}
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"bias": "none", "inference_mode": True}))
 
 
 def merge_here(base: str, adapter: str, out: str) -> None:
@@ -141,8 +59,9 @@ def main() -> None:
     rows = []
     try:
         for layers in LAYERS:
-            size = write_base(work / f"base{layers}", layers)
-            write_adapter(work / f"adapter{layers}", layers)
+            shape = Shape(2048, 5632, layers, 32, 8, 8192)
+            size = write_base(work / f"base{layers}", shape, shard_bytes=2 * 10**8)
+            write_adapter(work / f"adapter{layers}", shape)
             names = [str(work / f"{what}{layers}") for what in ("base", "adapter", "out")]
             command = [sys.executable, __file__, "--merge", *names]
             done = subprocess.run(command, capture_output=True, text=True, check=True)

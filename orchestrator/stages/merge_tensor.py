@@ -27,16 +27,17 @@ def computed(piece: Piece) -> Worked:
     stored = read_rows(source, piece.start, piece.stop)
     compute = torch.float64 if source.dtype == "F64" else torch.float32
     new = stored.to(compute, copy=True)
-    if not math.isfinite(_square(new)):
+    square = _square(new)
+    if not math.isfinite(square):
         check_finite(piece, _words(stored))
     if piece.change is not None:
         new = piece.change.apply(new, piece.start)
     written = new.to(getattr(torch, DTYPES[piece.dtype].torch))
     _check_range(piece, new, written)
-    return Worked(piece, _words(written), _tally(piece, stored, new, written))
+    return Worked(piece, _words(written), _tally(piece, stored, square, new, written))
 
 
-def _tally(piece: Piece, stored: torch.Tensor, new: torch.Tensor, written: torch.Tensor) -> Tally:
+def _tally(piece: Piece, stored: torch.Tensor, square: float, new: torch.Tensor, written: torch.Tensor) -> Tally:
     replaced = piece.output.replaced
     if not piece.output.touched:
         return Tally()
@@ -44,10 +45,11 @@ def _tally(piece: Piece, stored: torch.Tensor, new: torch.Tensor, written: torch
         if replaced.shape != piece.output.source.shape:
             return Tally(changed=written.numel())  # of another vocabulary: there is nothing to compare it with
         stored = read_rows(replaced, piece.start, piece.stop)
-    old = stored.to(new.dtype)
-    before = stored if stored.dtype == written.dtype else old.to(written.dtype)
+        square = _square(stored.to(new.dtype))
+    old = stored.to(new.dtype, copy=True)
+    before = stored if stored.dtype == written.dtype else old.to(written.dtype, copy=True)
     changed = int(np.count_nonzero(_words(before) != _words(written)))
-    return Tally(_square(old), _square(new - old), changed)
+    return Tally(square, _square(torch.sub(new, old, out=old)), changed)
 
 
 def _square(rows: torch.Tensor) -> float:
