@@ -30,10 +30,12 @@ import xxhash
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from orchestrator import __version__
+from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.errors import DoesNotFitError, RequestError, StageError
 from orchestrator.runfolder import write_json
 
 MANIFEST = "manifest.json"
+RECIPE_NAME = "recipe.json"  # of what is being built, in its partial folder
 GIB = 2**30
 CHUNK = 8 * 2**20
 _NAME = re.compile(r"[a-z][a-z0-9_]*-[0-9a-f]{20}")
@@ -49,6 +51,7 @@ class Recipe:
     version: str  # the stage's own: raised when its result changes
     options: dict[str, Any]
     inputs: dict[str, Any]  # name -> fingerprint
+    sources: tuple[str, ...] = ()  # where they lie, for a person: no part of the key
 
     @property
     def name(self) -> str:
@@ -113,7 +116,7 @@ class Store:
         recipe: Recipe,
         make: Callable[[Path], Built],
         needed: int,
-        unchanged: Callable[[], bool],
+        changed: Callable[[], list[str]],
         waiting: Callable[[], None],
     ) -> tuple[Artifact, bool]:
         """The artifact of a recipe, and whether it was built now.
@@ -121,7 +124,7 @@ class Store:
         Args:
             make: builds into the partial folder that it is given, continuing what is there.
             needed: bytes that the result takes.
-            unchanged: are the inputs still what the recipe says? Asked again after the build.
+            changed: the inputs (files) that are not what the recipe says any more. Asked after the build.
             waiting: called once if another run holds the lock.
 
         Raises:
@@ -142,10 +145,11 @@ class Store:
             started = time.time()
             try:
                 partial.mkdir(exist_ok=True)
+                write_json(partial / RECIPE_NAME, {**vars(recipe), "sources": list(recipe.sources)})
                 built = make(partial)
-                if not unchanged():
+                if names := changed():
                     shutil.rmtree(partial)
-                    raise StageError("the model's files changed while they were read", "Run it again.")
+                    raise StageError(f"files changed while they were read: {', '.join(names)}", "Run it again.")
                 return self._finish(partial, recipe, built, started), True
             except OSError as error:
                 raise _stage_error(error, partial) from error
@@ -173,9 +177,22 @@ class Store:
                 problems.append(f"{name} is missing")
             elif path.stat().st_size != size:
                 problems.append(f"{name} has {path.stat().st_size} bytes, not {size}")
-            elif digest(path) != built:
+            elif digest(path, from_disk=True) != built:
                 problems.append(f"{name} has another digest than when it was built")
         return problems
+
+    def outdated(self, recipe: Recipe) -> tuple[Path, list[str]] | None:
+        """An unfinished build of the same sources that cannot be continued, and what changed since it began."""
+        for partial in self.partials():
+            try:
+                begun = json.loads((partial / RECIPE_NAME).read_text(encoding="utf-8"))
+                same = begun["stage"] == recipe.stage and tuple(begun["sources"]) == recipe.sources
+                names = differences(begun["inputs"], recipe.inputs)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                continue
+            if same and recipe.sources and names and partial.name != f"{recipe.name}.partial":
+                return partial, names
+        return None
 
     def remove(self, path: Path, *, only_ask: bool = False) -> bool:
         """Removes an artifact or a partial folder: the manifest first, so that a half-removed one is none.
@@ -278,7 +295,7 @@ class Store:
         files = {
             path.name: (path.stat().st_size, built.digests.get(path.name) or digest(path))
             for path in sorted(partial.iterdir())
-            if path.name != MANIFEST
+            if path.name not in (MANIFEST, RECIPE_NAME)
         }
         manifest = {
             "stage": recipe.stage,
@@ -291,6 +308,7 @@ class Store:
             "files": {name: {"size": size, "xxh3_128": built} for name, (size, built) in files.items()},
             "report": built.report,
         }
+        (partial / RECIPE_NAME).unlink(missing_ok=True)
         write_json(partial / MANIFEST, manifest)
         final = partial.with_suffix("")
         if final.exists():  # without a readable manifest, or it would have been found
@@ -312,10 +330,16 @@ def last_used(artifact: Artifact) -> float:
     return (artifact.path / MANIFEST).stat().st_mtime
 
 
-def digest(path: Path) -> str:
-    """XXH3-128 of a file's bytes, in hex: it finds damage as fast as a disk reads. Against forgery it is no help."""
+def digest(path: Path, *, from_disk: bool = False) -> str:
+    """XXH3-128 of a file's bytes, in hex: it finds damage as fast as a disk reads. Against forgery it is no help.
+
+    Args:
+        from_disk: what the operating system has of it in memory is dropped first, so that the disk is read.
+    """
     hasher = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
+        if from_disk:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while chunk := file.read(CHUNK):
             hasher.update(chunk)
     return hasher.hexdigest()

@@ -14,10 +14,13 @@ from orchestrator.artifacts import Artifact, Built, Recipe, Store
 from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.adapter import Adapter
 from orchestrator.checkpoint.adapter import fingerprint as adapter_fingerprint
+from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.checkpoint.folder import Checkpoint, fingerprint
 from orchestrator.config import Config, folder, parse_size
+from orchestrator.errors import StageError
 from orchestrator.plan.types import Candidate
 from orchestrator.report.console import note, progress, size
+from orchestrator.report.merge import show_merge
 from orchestrator.runfolder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -54,7 +57,8 @@ def merge_recipe(config: Config, source: Source) -> Recipe | None:
         "shard_size": parse_size(config.convert.shard_size),
         "weights": [weight for _, weight in source.adapters],
     }
-    return Recipe("merge" if source.adapters else "convert", VERSION, options, _inputs(source))
+    sources = (str(source.base.path), *(str(adapter.path) for adapter, _ in source.adapters))
+    return Recipe("merge" if source.adapters else "convert", VERSION, options, _inputs(source), sources)
 
 
 def _inputs(source: Source) -> dict[str, Any]:
@@ -91,6 +95,8 @@ def merged(config: Config, source: Source, run: RunFolder) -> Model:
     store = Store(folder(config.paths.artifacts))
     if (found := store.find(recipe)) is None:
         run.status("merging" if source.adapters else "converting")
+        if outdated := store.outdated(recipe):
+            note(f"{outdated[0].name} is not continued: {', '.join(outdated[1])} changed since it was begun")
     from orchestrator.stages.merge import merged_size
 
     started = time.monotonic()
@@ -98,14 +104,34 @@ def merged(config: Config, source: Source, run: RunFolder) -> Model:
         recipe,
         make=lambda out: _merge(config, source, recipe, out),
         needed=0 if found else merged_size(source.base, source.adapters, _dtype(config)),
-        unchanged=lambda: _inputs(source) == recipe.inputs,
+        changed=lambda: differences(recipe.inputs, _inputs(source)),
         waiting=lambda: note(f"waiting for another run that builds {recipe.name}"),
     )
     if built:
         note(f"{recipe.stage}: {size(artifact.size)} in {time.monotonic() - started:.1f} s -> {artifact.path}")
     else:
         note(f"{recipe.stage}: found, nothing to build -> {artifact.path}")
+    if config.convert.verify:
+        _verify(config, source, store, artifact, run)
     return Model(artifact.path, (artifact,), (artifact.name,) if built else ())
+
+
+def _verify(config: Config, source: Source, store: Store, artifact: Artifact, run: RunFolder) -> None:
+    """Reads the result back (convert.verify).
+
+    Raises:
+        StageError: it is damaged, or not what its sources give.
+    """
+    from orchestrator.stages.verify import verify_merge
+
+    run.status("verifying")
+    if problems := store.verify(artifact):
+        raise StageError(
+            f"{artifact.path} is damaged: {'; '.join(problems)}",
+            f"Remove it with task=artifacts artifacts.action=prune artifacts.name={artifact.name} and run it again.",
+        )
+    names = verify_merge(source.base, source.adapters, _dtype(config), artifact.path)
+    note(f"verified: {len(artifact.files)} files by their digests, {len(names)} tensors against their sources")
 
 
 def _dtype(config: Config) -> str | None:
@@ -124,8 +150,10 @@ def _merge(config: Config, source: Source, recipe: Recipe, out: Path) -> Built:
             shard_size=recipe.options["shard_size"],
             progress=show,
         )
-    report["source"] = source.name
-    return Built(report, {shard["name"]: shard["digest"] for shard in report["shards"]})
+    show_merge(report)
+    digests = {shard["name"]: shard["digest"] for shard in report["shards"]}
+    summary = {key: value for key, value in report.items() if key not in ("modules", "shards")}
+    return Built(summary | {"source": source.name}, digests)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.artifacts import MANIFEST, Artifact, Built, Recipe, Store, digest
+from orchestrator.artifacts import MANIFEST, RECIPE_NAME, Artifact, Built, Recipe, Store, digest
 from orchestrator.backends.exl2_setup import visible_devices
 from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.carry import written_config
+from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.checkpoint.folder import Checkpoint, carried_files, fingerprint, open_checkpoint
 from orchestrator.checkpoint.trust import shown
 from orchestrator.config import Config, folder
@@ -172,12 +173,16 @@ def _build(
         recipe,
         make=make,
         needed=0 if store.find(recipe) else needed,
-        unchanged=lambda: work is None or fingerprint(open_checkpoint(work.source.path)) == fingerprint(work.source),
+        changed=lambda: _changed(work.source) if work else [],
         waiting=lambda: note(f"waiting for another run that builds {recipe.name}"),
     )
     how = f"{size(artifact.size)} in {time.monotonic() - started:.1f} s" if built else "found, nothing to build"
     note(f"{recipe.stage}: {how} -> {artifact.path}")
     return artifact, built
+
+
+def _changed(source: Checkpoint) -> list[str]:
+    return differences({"model": fingerprint(source)}, {"model": fingerprint(open_checkpoint(source.path))})
 
 
 def _never(out: Path) -> Built:
@@ -285,7 +290,7 @@ class _Job:
             else:
                 path.unlink(missing_ok=True)
         for file in self._where.parent.iterdir():
-            if file.is_file() and file.name != MANIFEST:
+            if file.is_file() and file.name not in (MANIFEST, RECIPE_NAME):
                 file.unlink()
         self._where.mkdir(exist_ok=True)
 

@@ -36,6 +36,8 @@ from orchestrator.stages.pieces import Tally, in_order, keep_memory_flat, pieces
 VERSION = "2"
 """Of this stage: part of an artifact's key, to be raised when the same inputs give other bytes."""
 
+REPORT_NAME = "merge-report.json"
+
 WRITTEN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """convert.dtype -> safetensors' name."""
 
@@ -78,8 +80,9 @@ def merge(
         shard_size: bytes of data in one file.
 
     Returns:
-        JSON-able: tensors, bytes, dtype, shards (digest, whether kept), modules (relative Frobenius norm of the
-        change, share of elements changed, adapter tensors used), dropped, carried, notes.
+        JSON-able: what merge-report.json says (base, adapters, dtype, tensors, bytes, shards with digests, dropped,
+        notes, carried, and per module the relative Frobenius norm of the change, the share of elements changed and
+        the adapter tensors used), and `kept`: the shards that an earlier call had finished.
 
     Raises:
         CheckpointError: inputs that cannot be merged (see `adapter.targets`), NaN or infinite weights, an
@@ -99,20 +102,24 @@ def merge(
         modules = [module for record in records for module in record["modules"]]
         _check_changed(adapters, modules)
         written = dtype or DTYPES[main_dtype(base.tensors.values()) or "F32"].torch
-        carried = _complete(job, shards, written)
+        report = {
+            "version": VERSION,
+            "base": str(base.path),
+            "adapters": [_described(adapter, weight) for adapter, weight in adapters],
+            "dtype": written,
+            "tensors": sum(len(shard.tensors) for shard in shards),
+            "bytes": sum(shard.file_bytes for shard in shards),
+            "shards": [{key: record[key] for key in ("name", "bytes", "digest")} for record in records],
+            "dropped": list(plan.dropped),
+            "notes": list(plan.notes),
+            "carried": _carry(job, shards, written),
+            "modules": modules,
+        }
+        write_text(out / REPORT_NAME, json.dumps(report, indent=1) + "\n")
+        _forget(job, shards)
     except OSError as error:
         raise _disk_error(error, out, shards) from error
-    return {
-        "version": VERSION,
-        "tensors": sum(len(shard.tensors) for shard in shards),
-        "bytes": sum(shard.file_bytes for shard in shards),
-        "dtype": written,
-        "shards": [{key: record[key] for key in ("name", "bytes", "digest", "kept")} for record in records],
-        "modules": modules,
-        "dropped": list(plan.dropped),
-        "carried": carried,
-        "notes": list(plan.notes),
-    }
+    return report | {"kept": [record["name"] for record in records if record["kept"]]}
 
 
 def merged_size(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], dtype: str | None) -> int:
@@ -124,7 +131,7 @@ def merged_size(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], dty
     pair = tied_pair(base)
     skip = pair[0].name if pair and pair[0].shares_all(pair[1]) else None
     infos = (info for info in base.tensors.values() if info.name != skip)
-    return sum(info.parameters * DTYPES[_written_dtype(Output(info.name, info), dtype)].size for info in infos)
+    return sum(info.parameters * DTYPES[written_dtype(Output(info.name, info), dtype)].size for info in infos)
 
 
 def _check_dtype(base: Checkpoint, dtype: str | None) -> None:
@@ -140,7 +147,8 @@ def _check_dtype(base: Checkpoint, dtype: str | None) -> None:
         )
 
 
-def _written_dtype(output: Output, dtype: str | None) -> str:
+def written_dtype(output: Output, dtype: str | None) -> str:
+    """The type that an output is written as, where `dtype` was asked for (None: as the base has it)."""
     info = output.replaced or output.source  # an adapter's own tensors are often float32: the base decides
     if dtype is None or info.dtype not in PLAIN_FLOATS or output.name.endswith(_NEVER_CAST):
         return info.dtype
@@ -148,7 +156,7 @@ def _written_dtype(output: Output, dtype: str | None) -> str:
 
 
 def _layout(plan: MergePlan, dtype: str | None) -> list[tuple[str, str, tuple[int, ...]]]:
-    return [(output.name, _written_dtype(output, dtype), output.source.shape) for output in plan.outputs]
+    return [(output.name, written_dtype(output, dtype), output.source.shape) for output in plan.outputs]
 
 
 def _recipe(base: Checkpoint, adapters: list[tuple[Adapter, float]], dtype: str | None, shard_size: int) -> str:
@@ -179,13 +187,21 @@ def _prepare(job: _Job, shards: list[Shard]) -> None:
             record.unlink()
 
 
-def _complete(job: _Job, shards: list[Shard], dtype: str) -> list[str]:
-    """Writes the index and the small files; then the records have served."""
+def _described(adapter: Adapter, weight: float) -> dict[str, Any]:
+    tensors = {"tensors": len(adapter.tensors), "rank": adapter.lora.rank, "alpha": adapter.lora.alpha}
+    return {"path": str(adapter.path), "weight": weight, **tensors}
+
+
+def _carry(job: _Job, shards: list[Shard], dtype: str) -> list[str]:
+    """Writes the index and the small files; their names."""
     write_index(job.out, shards)
-    carried = carry_over(job.base, job.out, dtype)
+    return carry_over(job.base, job.out, dtype)
+
+
+def _forget(job: _Job, shards: list[Shard]) -> None:
+    """Removes the shards' records: they have served."""
     for shard in shards:
         _record_file(job.out, shard.name).unlink(missing_ok=True)
-    return carried
 
 
 def _write_all(job: _Job, shards: list[Shard], progress: Progress) -> list[dict[str, Any]]:
@@ -299,7 +315,7 @@ def _log_memory(record: dict[str, Any], number: int, total: int) -> None:
     used, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
     how = "kept" if record["kept"] else "written"
     log.info(
-        "%s %s (%d of %d): %.2f GiB of memory in use, %.2f GiB free",
+        "%s %s (%d of %d), its tensors are on the disk; host memory: %.2f GiB in use by this process, %.2f GiB free",
         record["name"],
         how,
         number,

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.artifacts import MANIFEST, Artifact, Built, Recipe, Store, digest, kept, last_used
+from orchestrator.artifacts import MANIFEST, RECIPE_NAME, Artifact, Built, Recipe, Store, digest, kept, last_used
 from orchestrator.config import Config
 from orchestrator.errors import DoesNotFitError, RequestError, StageError
 from orchestrator.report import console
@@ -41,9 +41,9 @@ def build(
     recipe: Recipe = RECIPE,
     make: Callable[[Path], Built] = write_two,
     needed: int = 1,
-    unchanged: Callable[[], bool] = lambda: True,
+    changed: Callable[[], list[str]] = list,
 ) -> tuple[Artifact, bool]:
-    return store.build(recipe, make, needed, unchanged, waiting=lambda: None)
+    return store.build(recipe, make, needed, changed, waiting=lambda: None)
 
 
 @pytest.fixture
@@ -131,8 +131,8 @@ def test_a_build_that_fails_is_no_artifact_and_is_continued(store: Store) -> Non
 
 
 def test_inputs_that_change_during_the_build_are_noticed(store: Store) -> None:
-    with pytest.raises(StageError, match="changed while they were read"):
-        build(store, unchanged=lambda: False)
+    with pytest.raises(StageError, match=r"changed while they were read: base/config\.json"):
+        build(store, changed=lambda: ["base/config.json"])
     assert store.find(RECIPE) is None
     assert store.partials() == []
 
@@ -156,7 +156,7 @@ def make(folder):
     return Built({}, {})
 
 recipe = Recipe("merge", 1, {}, {})
-artifact, built = Store(root).build(recipe, make, 1, lambda: True, lambda: print("waiting", flush=True))
+artifact, built = Store(root).build(recipe, make, 1, list, lambda: print("waiting", flush=True))
 print("built" if built else "found", flush=True)
 """
 
@@ -202,7 +202,7 @@ def test_a_killed_build_is_no_artifact_and_the_next_one_continues_it(store: Stor
     recipe = Recipe("merge", 1, {}, {})
 
     def goes_on(folder: Path) -> Built:
-        assert [path.name for path in folder.iterdir()] == ["first"]
+        assert {path.name for path in folder.iterdir()} == {"first", RECIPE_NAME}
         return write_two(folder)
 
     assert store.find(recipe) is None
@@ -559,7 +559,7 @@ def test_an_artifact_that_lost_a_file_is_built_again(tmp_path: Path, harm: str) 
         return Built({}, {})
 
     def build() -> bool:
-        return store.build(recipe, make, 8, unchanged=lambda: True, waiting=lambda: None)[1]
+        return store.build(recipe, make, 8, changed=list, waiting=lambda: None)[1]
 
     assert build()
     weights = tmp_path / recipe.name / "weights"

@@ -73,7 +73,6 @@ def test_there_is_a_choice_for_every_backend_and_task() -> None:
         (["model.merge=false"], "model.merge"),
         (["prompts.text=hi", "prompts.file=a.txt"], "prompts.file"),
         (["model.path=/m", "model.adapter=/a", "model.adapters=[{path: /b}]"], "model.adapters"),
-        (["convert.verify=true"], "convert.verify"),
         (["model.revision=main"], "model.revision"),
         (["server.port=65536"], "server.port=65536"),
         (["server.host="], "server.host"),
