@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from orchestrator.artifacts import MANIFEST, RECIPE_NAME, Artifact, Built, Recipe, Store, digest, kept, last_used
+from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.config import Config
 from orchestrator.errors import DoesNotFitError, RequestError, StageError
 from orchestrator.report import console
@@ -113,11 +114,12 @@ def test_using_an_artifact_makes_it_young_again(store: Store) -> None:
     assert time.time() - last_used(artifact) < 60
 
 
-def test_a_build_that_fails_is_no_artifact_and_is_continued(store: Store) -> None:
-    def fails(folder: Path) -> Built:
-        (folder / "first").write_text("1")
-        raise StageError("no")
+def fails(folder: Path) -> Built:
+    (folder / "first").write_text("1")
+    raise StageError("no")
 
+
+def test_a_build_that_fails_is_no_artifact_and_is_continued(store: Store) -> None:
     def goes_on(folder: Path) -> Built:
         assert (folder / "first").read_text() == "1"
         return write_two(folder)
@@ -135,6 +137,34 @@ def test_inputs_that_change_during_the_build_are_noticed(store: Store) -> None:
         build(store, changed=lambda: ["base/config.json"])
     assert store.find(RECIPE) is None
     assert store.partials() == []
+
+
+def test_an_unfinished_build_of_files_that_changed_since_is_named(store: Store) -> None:
+    def files(size: int) -> dict[str, Any]:
+        named = [{"name": "config.json", "size": 2}, {"name": "a.bin", "size": size}]
+        return {"base": {"format": "bin", "files": named[:1], "weights": named[1:]}}
+
+    begun = Recipe("merge", "1", {}, files(1), ("/data/base",))
+    with pytest.raises(StageError):
+        build(store, begun, make=fails)
+    assert store.outdated(begun) is None
+    now = replace(begun, inputs=files(2))
+    assert store.outdated(now) == (store.root / f"{begun.name}.partial", ["base/a.bin"])
+    assert store.outdated(replace(now, sources=("/data/other",))) is None
+    assert store.outdated(replace(now, stage="convert")) is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        ({"a": {"files": [{"name": "x", "size": 1}]}}, {"a": {"files": [{"name": "x", "size": 1}]}}, []),
+        ({"a": {"files": [{"name": "x", "size": 1}]}}, {"a": {"files": [{"name": "y", "size": 1}]}}, ["a/x", "a/y"]),
+        ({"a": {"format": "bin"}}, {"a": {"format": "safetensors"}}, ["a"]),
+        ({"a": "one"}, {"a": "two", "b": {}}, ["a", "b"]),
+    ],
+)
+def test_what_differs_is_named(old: dict[str, Any], new: dict[str, Any], names: list[str]) -> None:
+    assert differences(old, new) == names
 
 
 # Two processes, and kills

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from orchestrator.checkpoint.adapter import open_adapter
@@ -22,6 +22,7 @@ from orchestrator.checkpoint.writer import ShardWriter
 from orchestrator.errors import CheckpointError, ConfigError, StageError
 from orchestrator.stages import pieces
 from orchestrator.stages.merge import merge, merged_size
+from orchestrator.stages.verify import verify_merge
 from tests.checkpoints import CONFIG, Q_PROJ, adapter_tensors, model_tensors, write_adapter, write_model
 
 Q = f"{Q_PROJ}.weight"
@@ -442,3 +443,47 @@ def test_peak_memory_does_not_depend_on_the_number_of_layers(tmp_path):
     peak(tmp_path / "warm", 2)
     few, many = peak(tmp_path / "few", 4), peak(tmp_path / "many", 28)
     assert many - few < 24 * 2**20  # the 24 layers more are 48 MiB
+
+
+# --- reading it back --------------------------------------------------------------------------------------------
+
+
+def verified(base, adapters, out, dtype=None):
+    return verify_merge(open_checkpoint(base), [(open_adapter(path), 1.0) for path in adapters], dtype, out)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_result_is_read_back_against_its_sources(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
+    base, lora = write_model(tmp_path / "base", kind="bin", shards=2), write_adapter(tmp_path / "lora")
+    run(base, [lora], tmp_path / "out", dtype, 20_000)
+    names = verified(base, [lora], tmp_path / "out", dtype)
+    assert set(names) == set(model_tensors())  # so few that all are looked at
+
+
+@pytest.mark.parametrize("fault", ["byte", "other adapter", "tensor gone", "other type"])
+def test_a_result_that_is_not_what_its_sources_give_is_found(tmp_path, fault):
+    base, lora = write_model(tmp_path / "base"), write_adapter(tmp_path / "lora")
+    run(base, [lora], tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    if fault == "byte":
+        tensors[Q].view(torch.uint8)[-1, -1] ^= 1
+    elif fault == "other adapter":
+        lora = write_adapter(tmp_path / "other", adapter_tensors([Q_PROJ], seed=5))
+    elif fault == "tensor gone":
+        del tensors[Q]
+    else:
+        tensors[Q] = tensors[Q].half()
+    save_file(tensors, file)
+    refused(lambda: verified(base, [lora], tmp_path / "out"), Q, kind=StageError)
+
+
+def test_of_many_layers_a_sample_with_every_kind_is_read_back(tmp_path):
+    base = write_model(tmp_path / "base", model_tensors(12))
+    lora = write_adapter(tmp_path / "lora")
+    run(base, [lora], tmp_path / "out")
+    names = verified(base, [lora], tmp_path / "out")
+    assert len(names) == 64 < len(model_tensors(12))
+    kinds = {".".join(part for part in name.split(".") if not part.isdigit()) for name in model_tensors(12)}
+    assert {".".join(part for part in name.split(".") if not part.isdigit()) for name in names} == kinds
