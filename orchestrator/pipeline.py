@@ -97,13 +97,11 @@ def merged(config: Config, source: Source, run: RunFolder) -> Model:
         run.status("merging" if source.adapters else "converting")
         if outdated := store.outdated(recipe):
             note(f"{outdated[0].name} is not continued: {', '.join(outdated[1])} changed since it was begun")
-    from orchestrator.stages.merge import merged_size
-
     started = time.monotonic()
     artifact, built = store.build(
         recipe,
         make=lambda out: _merge(config, source, recipe, out),
-        needed=0 if found else merged_size(source.base, source.adapters, _dtype(config)),
+        needed=0 if found else merged_bytes(config, source),
         changed=lambda: differences(recipe.inputs, _inputs(source)),
         waiting=lambda: note(f"waiting for another run that builds {recipe.name}"),
     )
@@ -114,6 +112,13 @@ def merged(config: Config, source: Source, run: RunFolder) -> Model:
     if config.convert.verify:
         _verify(config, source, store, artifact, run)
     return Model(artifact.path, (artifact,), (artifact.name,) if built else ())
+
+
+def merged_bytes(config: Config, source: Source) -> int:
+    """What the merged (or converted) weights of a request take on the disk."""
+    from orchestrator.stages.merge import merged_size
+
+    return merged_size(source.base, source.adapters, _dtype(config))
 
 
 def _verify(config: Config, source: Source, store: Store, artifact: Artifact, run: RunFolder) -> None:

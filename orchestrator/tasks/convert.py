@@ -9,10 +9,11 @@ import tempfile
 from pathlib import Path
 
 from orchestrator.artifacts import MANIFEST, kept
+from orchestrator.backends.table import BACKENDS
 from orchestrator.config import Config, folder
-from orchestrator.errors import ConfigError, RequestError
-from orchestrator.pipeline import Model, prepare
-from orchestrator.report.console import note
+from orchestrator.errors import ConfigError, DoesNotFitError, RequestError
+from orchestrator.pipeline import Model, merged_bytes, prepare
+from orchestrator.report.console import note, size
 from orchestrator.runfolder import RunFolder
 from orchestrator.tasks.session import look
 
@@ -24,12 +25,15 @@ def convert(config: Config, run: RunFolder) -> None:
 
     Raises:
         RequestError: output.path is there already and not empty.
+        DoesNotFitError: the disk of the store, or of output.path, has no room for the result.
     """
     output = folder(config.output.path).resolve() if config.output.path is not None else None
     if output is not None:
         _check_output(output)
     planned = look(config, planning=True)
     config, source, chosen = planned.config, planned.source, planned.plan.chosen
+    if output is not None and not BACKENDS[chosen.backend].stages:
+        _check_room(output, folder(config.paths.artifacts), merged_bytes(config, source))
     with kept():  # from a prune, until it is linked or copied
         model = prepare(config, source, chosen, run)
         if output is not None:
@@ -59,6 +63,23 @@ def _check_output(output: Path) -> None:
         shutil.rmtree(_beside(output))
     except OSError as error:
         raise RequestError(f"output.path={output}: {error.strerror}") from None
+
+
+def _check_room(output: Path, store: Path, needed: int) -> None:
+    """Refuses a result that would have to be copied to another disk, and has no room there."""
+    there = _existing(output)
+    free = shutil.disk_usage(there).free
+    if there.stat().st_dev != _existing(store).stat().st_dev and needed > free:
+        raise DoesNotFitError(
+            f"the disk of output.path={output} has {size(free)} free and the result takes {size(needed)}, "
+            "which is made in the artifact store and copied there",
+            "Free some, or put both on one disk (paths.artifacts=FOLDER): then it takes the space once.",
+        )
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that is there."""
+    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def _beside(output: Path) -> Path:
