@@ -34,12 +34,37 @@ class Model:
 
 @dataclass(frozen=True)
 class Source:
-    """What a request starts from: a base, and adapters with their weights."""
+    """What a request starts from: a base, and adapters with their weights.
+
+    Attributes:
+        name: of the base, for a person: its hub id, its folder.
+        commit: of the base, where it is the hub's.
+        adapter_names: hub ids with their commits, or folders.
+    """
 
     base: Checkpoint
     adapters: tuple[tuple[Adapter, float], ...] = ()
     name: str = ""
     embedded: bool = False
+    commit: str | None = None
+    adapter_names: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The name, with the commit where it has one."""
+        return f"{self.name}@{self.commit[:12]}" if self.commit else self.name
+
+    @property
+    def served_name(self) -> str:
+        """What an API's clients call it: the hub id as other servers have it, or the folder's last part."""
+        if self.embedded:
+            return "embedded"
+        return self.name if self.commit else self.base.path.name
+
+    def identity(self) -> dict[str, Any]:
+        """What result.json says of it: the hub id and its commit, or the folder."""
+        model = self.name if self.commit else str(self.base.path)
+        return {"model": model, "model_revision": self.commit, "adapters": list(self.adapter_names)}
 
 
 def merge_recipe(config: Config, source: Source) -> Recipe | None:
@@ -124,7 +149,7 @@ def _merge(config: Config, source: Source, recipe: Recipe, out: Path) -> Built:
             shard_size=recipe.options["shard_size"],
             progress=show,
         )
-    report["source"] = source.name
+    report["source"] = source.label
     return Built(report, {shard["name"]: shard["digest"] for shard in report["shards"]})
 
 
