@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -10,7 +11,7 @@ from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
 from orchestrator.checkpoint.trust import shown
-from orchestrator.errors import OrchestratorError, RequestError
+from orchestrator.errors import DoesNotFitError, OrchestratorError, RequestError
 
 TRANSPORT: type[Exception] = hub_errors.HfHubHTTPError.__bases__[0]
 """The base of all errors of the HTTP client that the library is built on, which client that may be."""
@@ -64,11 +65,16 @@ def explained(hub: str, revision: str) -> Iterator[None]:
             f"{constants.ENDPOINT} cannot be reached ({_brief(error)})",
             "What has come is kept: type the same line again when the network is back; HF_ENDPOINT names another hub.",
         ) from None
-    except PermissionError as error:
+    except (PermissionError, NotADirectoryError) as error:
         raise RequestError(
             f"{error.filename}: {error.strerror}", "Set HF_HOME to a folder that can be written."
         ) from None
     except (OSError, ValueError) as error:  # a full disk, a file cut short, an answer that is not a hub's
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DoesNotFitError(
+                f"{constants.HF_HUB_CACHE} is full: {hub} is not all there",
+                "Free some of it and type the same line again, or set HF_HOME to a folder on a larger disk.",
+            ) from None
         raise OrchestratorError(
             f"the download of {hub} stopped: {_brief(error)}", "What has come is kept: type the same line again."
         ) from None

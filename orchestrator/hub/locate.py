@@ -110,7 +110,8 @@ def locate(text: str, revision: str | None, kind: Kind, *, download: bool) -> Lo
         raise RequestError(
             f"{hub} is not in the hub's cache in full, and no weights are downloaded for a plan"
             f" (there is no folder {shown(folder(hub), 400)} either)",
-            f"Download it first: hf download {hub} --revision {revision}  (or type task=convert for task=plan)",
+            "Type the same line with task=convert: it downloads what is needed and nothing else"
+            f" (or: hf download {hub} --revision {revision})",
         )
     return found
 
