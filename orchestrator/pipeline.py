@@ -16,6 +16,7 @@ from orchestrator.checkpoint.adapter import Adapter
 from orchestrator.checkpoint.adapter import fingerprint as adapter_fingerprint
 from orchestrator.checkpoint.folder import Checkpoint, fingerprint
 from orchestrator.config import Config, folder, parse_size
+from orchestrator.hub.locate import Located
 from orchestrator.plan.types import Candidate
 from orchestrator.report.console import note, progress, size
 from orchestrator.runfolder import RunFolder
@@ -39,7 +40,7 @@ class Source:
     Attributes:
         name: of the base, for a person: its hub id, its folder.
         commit: of the base, where it is the hub's.
-        adapter_names: hub ids with their commits, or folders.
+        places: where the adapters lie.
     """
 
     base: Checkpoint
@@ -47,7 +48,7 @@ class Source:
     name: str = ""
     embedded: bool = False
     commit: str | None = None
-    adapter_names: tuple[str, ...] = ()
+    places: tuple[Located, ...] = ()
 
     @property
     def label(self) -> str:
@@ -64,7 +65,7 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """What result.json says of it: the hub id and its commit, or the folder."""
         model = self.name if self.commit else str(self.base.path)
-        return {"model": model, "model_revision": self.commit, "adapters": list(self.adapter_names)}
+        return {"model": model, "model_revision": self.commit, "adapters": [place.label for place in self.places]}
 
 
 def merge_recipe(config: Config, source: Source) -> Recipe | None:

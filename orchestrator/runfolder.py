@@ -107,6 +107,20 @@ class RunFolder:
         _replace(self.path / "config.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
         return tree
 
+    def pin(self, commit: str | None, adapters: list[str | None]) -> None:
+        """Puts the hub's commits into config.yaml: a branch may move before the run is resumed, its answers may not."""
+        if not any((commit, *adapters)):
+            return
+        file = self.path / "config.yaml"
+        kept = yaml.safe_load(file.read_text(encoding="utf-8"))
+        model = kept["model"]
+        if model["adapter"] is not None:
+            model["adapters"].insert(0, {"path": model["adapter"]})
+            model["adapter"] = None
+        for place, pinned in ((model, commit), *zip(model["adapters"], adapters, strict=True)):
+            place["revision"] = pinned or place.get("revision")
+        _replace(file, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+
     def write(self, name: str, value: Any) -> None:
         """Writes one of the run's JSON files."""
         write_json(self.path / name, value)

@@ -330,7 +330,7 @@ def _locked(commit: Commit, file: RemoteFile, at: Callable[[int], None]) -> Iter
     place = storage(commit.hub)
     path = place.parent / ".locks" / place.name / f"{file.sha256}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=1, mode=0o664)
+    lock = FileLock(path, timeout=0.2, mode=0o664)
     waited = False
     while True:
         try:

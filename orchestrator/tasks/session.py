@@ -135,7 +135,7 @@ def find_source(config: Config, *, download: bool = True) -> tuple[Config, Sourc
     for adapter, _ in found:
         targets(adapter, base)  # an adapter of another model is refused before anything long
     name = "the embedded model" if is_embedded else place.name
-    return config, Source(base, found, name, is_embedded, place.commit, tuple(a.label for a, _ in places))
+    return config, Source(base, found, name, is_embedded, place.commit, tuple(adapter for adapter, _ in places))
 
 
 def embedded_defaults(config: Config) -> Config:

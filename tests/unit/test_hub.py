@@ -7,6 +7,7 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+import yaml
 from composing import composed, hydra_ready
 from huggingface_hub import constants
 
@@ -14,6 +15,7 @@ from orchestrator.checkpoint.weights import ADAPTER_FORMATS, MODEL_FORMATS
 from orchestrator.errors import CheckpointError, ConfigError, RequestError
 from orchestrator.hub.download import weight_files
 from orchestrator.hub.locate import ADAPTER, MODEL, cached, hub_id, locate
+from orchestrator.runfolder import RunFolder
 
 COMMIT = "0123456789" * 4
 
@@ -114,3 +116,13 @@ def test_only_what_is_whole_counts_as_cached(tmp_path: Path, monkeypatch: pytest
 def test_a_revision_that_cannot_be_one(revision: str) -> None:
     with hydra_ready(), pytest.raises(ConfigError, match="not the name of a branch"):
         composed("model.path=org/name", f"model.revision='{revision}'")
+
+
+def test_a_resumed_run_has_the_commits_of_the_first(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    model = {"path": "hf://org/name", "revision": None, "adapter": "hf://me/lora", "adapters": [{"path": "/b"}]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": model, "task": {}}))
+    run.pin(COMMIT, [COMMIT[::-1], None])
+    model = yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]
+    assert (model["revision"], model["adapter"]) == (COMMIT, None)
+    assert [(a["path"], a["revision"]) for a in model["adapters"]] == [("hf://me/lora", COMMIT[::-1]), ("/b", None)]
