@@ -33,15 +33,16 @@ class BackendConfig:
 
 @dataclass
 class AdapterConfig:
-    path: str = "???"
+    path: str = "???"  # a folder, or a hub id
+    revision: str | None = None  # of a hub id; unset: main
     name: str | None = None
     weight: float = 1.0
 
 
 @dataclass
 class ModelConfig:
-    path: str | None = None  # a folder; unset: the embedded model with its adapter and prompts
-    revision: str | None = None
+    path: str | None = None  # a folder, or a hub id (org/name); unset: the embedded model with its adapter and prompts
+    revision: str | None = None  # of a hub id: a branch, tag or commit; unset: main
     adapter: str | None = None  # short for adapters=[{path: ...}]
     adapters: list[AdapterConfig] = field(default_factory=list)
     merge: bool = True
@@ -347,8 +348,16 @@ def _check_model(config: Config) -> Iterator[str]:
         yield "model.merge=false (an adapter on top of its base) is not run by any backend of this version"
     if config.merge.base != "original":
         yield f"merge.base={config.merge.base}: this version merges onto the original base only"
-    if config.model.revision is not None:
-        yield "model.revision is for hub ids, and this version reads local folders only: download it first"
+    if config.model.revision is not None and config.model.path is None:
+        yield "model.revision is set and model.path is not: the embedded model has no revisions"
+    for revision in (config.model.revision, *(adapter.revision for adapter in config.model.adapters)):
+        if revision is not None and not _is_revision(revision):
+            yield f"model.revision={revision!r} is not the name of a branch, tag or commit"
+
+
+def _is_revision(text: str) -> bool:
+    """Whether git would take it: it becomes a part of addresses and of file names."""
+    return text.isprintable() and " " not in text and all(part not in ("", ".", "..") for part in text.split("/"))
 
 
 def _check_prompts(config: Config) -> Iterator[str]:

@@ -18,6 +18,7 @@ from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.checkpoint.folder import Checkpoint, fingerprint
 from orchestrator.config import Config, folder, parse_size
 from orchestrator.errors import StageError
+from orchestrator.hub.locate import Located
 from orchestrator.plan.types import Candidate
 from orchestrator.report.console import note, progress, size
 from orchestrator.report.merge import show_merge
@@ -37,12 +38,37 @@ class Model:
 
 @dataclass(frozen=True)
 class Source:
-    """What a request starts from: a base, and adapters with their weights."""
+    """What a request starts from: a base, and adapters with their weights.
+
+    Attributes:
+        name: of the base, for a person: its hub id, its folder.
+        commit: of the base, where it is the hub's.
+        places: where the adapters lie.
+    """
 
     base: Checkpoint
     adapters: tuple[tuple[Adapter, float], ...] = ()
     name: str = ""
     embedded: bool = False
+    commit: str | None = None
+    places: tuple[Located, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The name, with the commit where it has one."""
+        return f"{self.name}@{self.commit[:12]}" if self.commit else self.name
+
+    @property
+    def served_name(self) -> str:
+        """What an API's clients call it: the hub id as other servers have it, or the folder's last part."""
+        if self.embedded:
+            return "embedded"
+        return self.name if self.commit else self.base.path.name
+
+    def identity(self) -> dict[str, Any]:
+        """What result.json says of it: the hub id and its commit, or the folder."""
+        model = self.name if self.commit else str(self.base.path)
+        return {"model": model, "model_revision": self.commit, "adapters": [place.label for place in self.places]}
 
 
 def merge_recipe(config: Config, source: Source) -> Recipe | None:
@@ -158,7 +184,7 @@ def _merge(config: Config, source: Source, recipe: Recipe, out: Path) -> Built:
     show_merge(report)
     digests = {shard["name"]: shard["digest"] for shard in report["shards"]}
     summary = {key: value for key, value in report.items() if key not in ("modules", "shards")}
-    return Built(summary | {"source": source.name}, digests)
+    return Built(summary | {"source": source.label}, digests)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -19,7 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from orchestrator import __version__
 from orchestrator.config import folder
 from orchestrator.errors import ConfigError, OrchestratorError, RequestError
+from orchestrator.hub.locate import EXPLICIT, hub_id
 from orchestrator.overrides import PATH_KEYS, literal
+
+HUB_KEYS = ("model.path", "model.adapter")  # those of the paths that may be hub ids
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -67,6 +70,12 @@ def _literal(value: Any) -> Any:
     return literal(value) if isinstance(value, str) else value
 
 
+def _kept_path(path: str, *, may_be_hub: bool) -> str:
+    """Absolute; a hub id as the same from anywhere: a folder of that name elsewhere would win over it."""
+    hub = hub_id(path) if may_be_hub else None
+    return f"{EXPLICIT}{hub}" if hub else str(folder(path))
+
+
 class RunFolder:
     """One run's folder, made by Hydra."""
 
@@ -92,11 +101,25 @@ class RunFolder:
             for part in section.split("."):
                 place = place[part]
             if place[name] not in (None, "-") and (key != "backend.python" or "/" in place[name]):
-                place[name] = str(folder(place[name]))
+                place[name] = _kept_path(place[name], may_be_hub=key in HUB_KEYS)
         for adapter in kept["model"]["adapters"]:
-            adapter["path"] = str(folder(adapter["path"]))
+            adapter["path"] = _kept_path(adapter["path"], may_be_hub=True)
         _replace(self.path / "config.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
         return tree
+
+    def pin(self, commit: str | None, adapters: list[str | None]) -> None:
+        """Puts the hub's commits into config.yaml: a branch may move before the run is resumed, its answers may not."""
+        if not any((commit, *adapters)):
+            return
+        file = self.path / "config.yaml"
+        kept = yaml.safe_load(file.read_text(encoding="utf-8"))
+        model = kept["model"]
+        if model["adapter"] is not None:
+            model["adapters"].insert(0, {"path": model["adapter"]})
+            model["adapter"] = None
+        for place, pinned in ((model, commit), *zip(model["adapters"], adapters, strict=True)):
+            place["revision"] = pinned or place.get("revision")
+        _replace(file, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
 
     def write(self, name: str, value: Any) -> None:
         """Writes one of the run's JSON files."""

@@ -1,6 +1,8 @@
 """A model's folder: its config, its weight files by their headers, and the files that travel with it."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +69,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     check_folder(path)
     file = path / "config.json"
     if not file.exists():
-        raise _no_config(path)
+        raise no_config(shown(path, 400), _names(path))
     config = read_object(file)
     weights = read_weights(path, MODEL_FORMATS)
     if weights is None or not weights.tensors:
-        raise _no_weights(path)
+        raise no_weights(shown(path, 400), _names(path))
     return Checkpoint(
         path,
         config,
@@ -101,8 +103,12 @@ def check_folder(path: Path) -> None:
 
 def carried_files(path: Path) -> tuple[Path, ...]:
     """The files of a folder that a result carries over (see `CARRIED`), sorted by name."""
-    found = {file for pattern in CARRIED for file in path.glob(pattern)}
-    return tuple(sorted(file for file in found if file.is_file() and not file.name.endswith(_NEVER_CARRIED)))
+    return tuple(sorted(file for file in path.iterdir() if is_carried(file.name) and file.is_file()))
+
+
+def is_carried(name: str) -> bool:
+    """Whether a file of this name is one that a result carries over."""
+    return any(fnmatchcase(name, pattern) for pattern in CARRIED) and not name.endswith(_NEVER_CARRIED)
 
 
 def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -112,9 +118,13 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"format": checkpoint.format, "index_sha256": checkpoint.index_digest, **found}
 
 
-def _no_config(path: Path) -> CheckpointError:
-    where = shown(path, 400)
-    if (path / "adapter_config.json").exists():
+def _names(path: Path) -> set[str]:
+    return {file.name for file in path.iterdir()}
+
+
+def no_config(where: str, names: Collection[str]) -> CheckpointError:
+    """Says what a folder or a repo is that has no config.json, going by the names of its files."""
+    if "adapter_config.json" in names:
         return CheckpointError(
             f"{where} is an adapter, not a model: it has an adapter_config.json and no config.json",
             f"Give it as model.adapter={where} and its base as model.path=...",
@@ -122,14 +132,14 @@ def _no_config(path: Path) -> CheckpointError:
     return CheckpointError(f"{where} has no config.json", "Give a folder as save_pretrained writes it.")
 
 
-def _no_weights(path: Path) -> CheckpointError:
-    where = shown(path, 400)
-    if (path / "adapter_config.json").exists():
+def no_weights(where: str, names: Collection[str]) -> CheckpointError:
+    """Says what a folder or a repo holds instead of a model's weights, going by the names of its files."""
+    if "adapter_config.json" in names:
         return CheckpointError(
             f"{where} has an adapter's weights and no model's",
             f"Give it as model.adapter={where} and its base as model.path=...",
         )
-    names = ", ".join(form.single for form in MODEL_FORMATS)
-    others = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".gguf", ".pth"))
+    wanted = ", ".join(form.single for form in MODEL_FORMATS)
+    others = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".gguf", ".pth")))
     there = f" (there is {shown(others[0])})" if others else ""
-    return CheckpointError(f"{where} holds no weights{there}: {names} or numbered shards", "Download the model again.")
+    return CheckpointError(f"{where} holds no weights{there}: {wanted} or numbered shards", "Download the model again.")

@@ -107,7 +107,7 @@ def _read_set(folder: Path, form: Format) -> WeightSet:
     index = folder / form.index
     if index.exists() or index.is_symlink():
         data = read_bytes(index, JSON_LIMIT)
-        where = _read_index(parse_object(data, shown(index, 400)), form, index)
+        where = read_index(parse_object(data, shown(index, 400)), form, shown(index, 400))
         files = [folder / name for name in dict.fromkeys(sorted(where.values()))]
         return _read_files(form, files, where, hashlib.sha256(data).hexdigest(), _strays(folder, form, files))
     names = _all_shards(folder, form)
@@ -139,8 +139,12 @@ def _all_shards(folder: Path, form: Format) -> list[str]:
     return wanted
 
 
-def _read_index(index: dict[str, object], form: Format, file: Path) -> dict[str, str]:
-    where = shown(file, 400)
+def read_index(index: dict[str, object], form: Format, where: str) -> dict[str, str]:
+    """Which file holds which tensor, as an index says; `where` names it in messages.
+
+    Raises:
+        CheckpointError: it has no map, or names a file outside its folder or of another format.
+    """
     named = index.get("weight_map")
     if not isinstance(named, dict) or not named:
         raise CheckpointError(f"{where} has no weight_map", _AGAIN)

@@ -44,7 +44,7 @@ def convert(config: Config, run: RunFolder) -> None:
     run.write(
         "result.json",
         {
-            "model": str(source.base.path),
+            **source.identity(),
             "output": str(output or model.path),
             "artifacts": [{"name": a.name, "built": a.name in model.built} for a in model.artifacts],
             "stages_run": list(model.built),

@@ -55,6 +55,7 @@ def _run(
     started: float,
 ) -> None:
     planned = look(config, planning=False)
+    folder.pin(planned.source.commit, [place.commit for place in planned.source.places])
     requests: list[Request] = []
 
     def check(tokenizer: Tokenizer, chosen: Candidate) -> None:

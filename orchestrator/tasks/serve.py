@@ -97,7 +97,7 @@ def _serve(session: Session, server: ServerConfig, sock: socket.socket, folder: 
 
     planned = session.planned
     model = ServedModel(
-        name="embedded" if planned.source.embedded else planned.source.base.path.name,
+        name=planned.source.served_name,
         max_context=session.chosen.max_context,
         vocab=planned.spec.vocab,
         generation=planned.config.generation,

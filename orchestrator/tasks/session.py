@@ -17,11 +17,12 @@ from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.adapter import open_adapter, targets
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
-from orchestrator.config import Config, folder
+from orchestrator.config import Config
 from orchestrator.engine.handle import EngineProcess
 from orchestrator.engine.wire import Ready
 from orchestrator.errors import RequestError
 from orchestrator.hardware import Hardware, detect
+from orchestrator.hub.locate import ADAPTER, MODEL, Located, locate
 from orchestrator.pipeline import Model, Source, is_built, prepare, versions
 from orchestrator.plan.planner import make_plan, must_fit, runnable, why
 from orchestrator.plan.types import Candidate, Plan
@@ -76,7 +77,7 @@ class Session:
         """What result.json says of every session: the plan, the artifacts, the placement, the versions."""
         return {
             "plan": self.planned.plan.to_json() | self.chosen.to_json(),
-            "model": str(self.planned.source.base.path),
+            **self.planned.source.identity(),
             "artifacts": [{"name": a.name, "built": a.name in self.model.built} for a in self.model.artifacts],
             "stages_run": list(self.model.built),
             "versions": {
@@ -88,14 +89,18 @@ class Session:
         }
 
 
-def look(config: Config, *, planning: bool) -> Planned:
+def look(config: Config, *, planning: bool, download: bool = True) -> Planned:
     """Reads the headers and the machine, and plans. Neither torch nor a GPU is needed.
+
+    Args:
+        planning: for the machine that was asked about, which need not be this one.
+        download: of hub ids, what the cache does not have; False: that is refused.
 
     Raises:
         RequestError, EngineUnavailableError: as the checkpoint, the configuration and the machine say.
     """
     asked = config
-    config, source = find_source(asked)
+    config, source = find_source(asked, download=download)
     spec = model_spec(source.base)
     if not planning:
         check_tokenizer(source.base.path)
@@ -106,26 +111,31 @@ def look(config: Config, *, planning: bool) -> Planned:
     return Planned(config, source, spec, hardware, plan)
 
 
-def find_source(config: Config) -> tuple[Config, Source]:
+def find_source(config: Config, *, download: bool = True) -> tuple[Config, Source]:
     """The model and its adapters. Without model.path: the embedded ones, with the embedded defaults.
 
     Raises:
         CheckpointError: a folder that does not hold what it should, or an adapter of another model.
         RequestError: an adapter without a model.
+        OrchestratorError: of a hub id, see `orchestrator.hub.locate`.
     """
     model = config.model
     is_embedded = model.path is None
     if is_embedded and model.adapters:
         raise RequestError("model.adapter is set and model.path is not", "Set model.path to the adapter's base.")
-    base = open_checkpoint(embedded.BASE if model.path is None else folder(model.path))
-    if is_embedded:
-        found = [(open_adapter(embedded.ADAPTER), 1.0)]
+    if model.path is None:
+        place = Located(embedded.BASE)
+        places = [(Located(embedded.ADAPTER), 1.0)]
         config = embedded_defaults(config)
-    else:
-        found = [(open_adapter(folder(a.path)), a.weight) for a in model.adapters]
+    else:  # the adapters first: they are small, and what is wrong with them is known before 140 GB have come
+        places = [(locate(a.path, a.revision, ADAPTER, download=download), a.weight) for a in model.adapters]
+        place = locate(model.path, model.revision, MODEL, download=download)
+    base = open_checkpoint(place.path)
+    found = tuple((open_adapter(adapter.path), weight) for adapter, weight in places)
     for adapter, _ in found:
         targets(adapter, base)  # an adapter of another model is refused before anything long
-    return config, Source(base, tuple(found), "the embedded model" if is_embedded else str(base.path), is_embedded)
+    name = "the embedded model" if is_embedded else place.name
+    return config, Source(base, found, name, is_embedded, place.commit, tuple(adapter for adapter, _ in places))
 
 
 def embedded_defaults(config: Config) -> Config:
@@ -141,7 +151,7 @@ def show_plan(planned: Planned, chosen: Candidate) -> None:
     out = console()
     for line in planned.plan.notes:
         note(f"note: {line}")
-    note(model_line(planned.source.name, planned.spec, len(planned.source.adapters)))
+    note(model_line(planned.source.label, planned.spec, len(planned.source.adapters)))
     note(hardware_line(planned.hardware))
     out.print(plan_table(chosen))
     if chosen.fits:

@@ -74,6 +74,7 @@ def test_there_is_a_choice_for_every_backend_and_task() -> None:
         (["prompts.text=hi", "prompts.file=a.txt"], "prompts.file"),
         (["model.path=/m", "model.adapter=/a", "model.adapters=[{path: /b}]"], "model.adapters"),
         (["model.revision=main"], "model.revision"),
+        (["model.path=org/name", "model.revision=../main"], "model.revision='../main'"),
         (["server.port=65536"], "server.port=65536"),
         (["server.host="], "server.host"),
         (["server.api_key="], "server.api_key"),

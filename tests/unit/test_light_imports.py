@@ -12,7 +12,7 @@ import pytest
 import small_models
 
 ROOT = Path(__file__).parents[2]
-ENGINES = {"torch", "transformers", "bitsandbytes", "accelerate", "tokenizers", "safetensors"}
+ENGINES = {"torch", "transformers", "bitsandbytes", "accelerate", "tokenizers", "safetensors", "huggingface_hub"}
 SCRIPT = """
 import json, sys
 from orchestrator.app import main

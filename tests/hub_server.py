@@ -1,0 +1,204 @@
+"""A hub on this machine: the few paths of its HTTP interface that a download takes, and faults on demand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+LARGE = (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".pth")  # kept outside git, as the hub does
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    headers: dict[str, str]
+    sent: int = 0  # bytes of the body
+
+
+@dataclass
+class Repo:
+    folder: Path
+    commit: str
+    token: str | None = None  # that is asked for
+    gated: bool = False
+    sizes: dict[str, int] = field(default_factory=dict)  # other sizes than the files have
+    digests: dict[str, str] = field(default_factory=dict)  # other digests
+
+    @property
+    def files(self) -> dict[str, Path]:
+        return {str(f.relative_to(self.folder)): f for f in sorted(self.folder.rglob("*")) if f.is_file()}
+
+    def sha256(self, name: str) -> str:
+        return self.digests.get(name) or hashlib.sha256(self.files[name].read_bytes()).hexdigest()
+
+    def sibling(self, name: str) -> dict[str, Any]:
+        size = self.sizes.get(name, self.files[name].stat().st_size)
+        found: dict[str, Any] = {"rfilename": name, "size": size, "blobId": git_id(self.files[name])}
+        if name.endswith(LARGE):
+            found["lfs"] = {"size": size, "sha256": self.sha256(name), "pointerSize": 134}
+        return found
+
+
+class Hub:
+    """What is on it, what was asked of it, and what is to go wrong."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.requests: list[Request] = []
+        self.cut: dict[str, int] = {}  # by file name: the next GET of it ends after so many bytes
+        self.stall: dict[str, int] = {}  # by file name: the next GET of it falls silent after so many bytes
+        self.silent = threading.Event()  # one has
+        self.closing = threading.Event()
+        self.status: int | None = None  # what everything is answered with
+        self.url = ""
+
+    def add(self, name: str, folder: Path, **options: Any) -> Repo:
+        commit = hashlib.sha1(f"{name}{len(self.requests)}".encode()).hexdigest()
+        self.repos[name] = Repo(folder, commit, **options)
+        return self.repos[name]
+
+    def fetched(self) -> dict[str, int]:
+        """Bytes sent by file name, of the files that were asked for."""
+        found: dict[str, int] = {}
+        for request in self.requests:
+            if request.method == "GET" and request.sent and not request.path.startswith("/api/"):
+                name = request.path.rpartition("/")[2]
+                found[name] = found.get(name, 0) + request.sent
+        return found
+
+    def ranges(self, name: str) -> list[str]:
+        """The Range headers that came for a file."""
+        return [r.headers["range"] for r in self.requests if r.path.endswith(f"/{name}") and "range" in r.headers]
+
+
+def git_id(file: Path) -> str:
+    data = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+@contextmanager
+def serving(port: int = 0) -> Iterator[Hub]:
+    """A hub that answers until the block ends."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.closing.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        path = unquote(self.path.partition("?")[0])
+        self.request_seen = Request(self.command, path, {key.lower(): value for key, value in self.headers.items()})
+        self.hub.requests.append(self.request_seen)
+        if self.hub.status is not None:
+            self._send(self.hub.status, b"not now")
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):
+            self._list(*found.groups())
+        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._resolve(*found.groups())
+        elif found := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
+            self._body(self.hub.repos[found[1]].files[found[2]])
+        else:
+            self._send(404, b"")
+
+    def _send(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def _repo(self, name: str) -> Repo | None:
+        """The repo, if whoever asks may see it; else the hub's refusals are sent."""
+        repo = self.hub.repos.get(name)
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if repo is None or (repo.token not in (None, token) and not repo.gated):
+            self._send(404 if token else 401, b"{}", X_Error_Code="RepoNotFound")
+            return None
+        return repo
+
+    def _list(self, name: str, revision: str) -> None:
+        if (repo := self._repo(name)) is None:
+            return
+        if revision not in ("main", repo.commit):
+            self._send(404, b"{}", X_Error_Code="RevisionNotFound")
+            return
+        siblings = [repo.sibling(file) for file in repo.files]
+        body = {"id": name, "modelId": name, "sha": repo.commit, "private": False, "siblings": siblings}
+        self._send(200, json.dumps(body).encode(), Content_Type="application/json")
+
+    def _resolve(self, name: str, revision: str, file: str) -> None:
+        if (repo := self._repo(name)) is None:
+            return
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if repo.gated and token != repo.token:  # the listing is public, the files are not
+            self._send(403 if token else 401, b"", X_Error_Code="GatedRepo")
+        elif file not in repo.files:
+            self._send(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=repo.commit)
+        elif file.endswith(LARGE):  # to another host, which has no business with the token
+            self._send(
+                302,
+                b"",
+                Location=f"{self.hub.url.replace('127.0.0.1', 'localhost')}/cdn/{name}/{file}",
+                X_Repo_Commit=repo.commit,
+                X_Linked_Size=str(repo.sibling(file)["size"]),
+                X_Linked_ETag=f'"{repo.sha256(file)}"',
+            )
+        else:
+            self._send(
+                200, repo.files[file].read_bytes(), ETag=f'"{git_id(repo.files[file])}"', X_Repo_Commit=repo.commit
+            )
+
+    def _body(self, file: Path) -> None:
+        data = file.read_bytes()
+        start = int(found[1]) if (found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))) else 0
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(data) - start))
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        if self.command != "GET":
+            return
+        cut, stall = self.hub.cut.pop(file.name, None), self.hub.stall.pop(file.name, None)
+        part = data[start : cut or stall or None]
+        self.request_seen.sent = len(part)
+        self.wfile.write(part)
+        if stall is not None:
+            self.hub.silent.set()
+            self.hub.closing.wait(60)
+        if cut is not None or stall is not None:
+            self.close_connection = True
