@@ -455,10 +455,16 @@ def bare_vllm(given: dict[str, Any], rounds: int = 3) -> dict[str, Any]:
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    extra = dict(given["engine_args"])
-    if given["memory"]:
-        total = torch.cuda.get_device_properties(0).total_memory
-        extra.setdefault("gpu_memory_utilization", round(min(0.92, given["memory"] / total), 4))
+    from orchestrator.backends.vllm_rules import batched_tokens, utilization
+
+    # The same memory and the same tokens per step as ours, or the two would not do the same work.
+    total = torch.cuda.get_device_properties(0).total_memory
+    capacity = given["memory"] or total
+    extra = {
+        "gpu_memory_utilization": utilization(capacity, total, given["tensor"]),
+        "max_num_batched_tokens": max(batched_tokens(capacity), given["in_flight"]),
+        **given["engine_args"],
+    }
     args = AsyncEngineArgs(
         model=given["model"],
         dtype=given["dtype"],

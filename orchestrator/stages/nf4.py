@@ -39,4 +39,5 @@ def as_trained(rows: torch.Tensor, double: bool) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     packed, state = quantize_4bit(rows.contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=double)
-    return dequantize_4bit(packed, state).float()
+    restored: torch.Tensor = dequantize_4bit(packed, state)
+    return restored.float()
