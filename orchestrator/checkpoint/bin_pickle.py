@@ -18,7 +18,7 @@ from orchestrator.errors import CheckpointError
 MAX_PICKLE = 16 * 2**20
 """Largest pickles of one file, in bytes: they hold names and shapes only, about 150 bytes a tensor."""
 
-MAX_INSTRUCTIONS = 2**22
+MAX_INSTRUCTIONS = 2**21
 """Most instructions of one pickle (a tensor takes about 30): one byte can make an object of a hundred."""
 
 MAX_NUMBER_KEY = 2**31

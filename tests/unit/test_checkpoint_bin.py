@@ -186,6 +186,28 @@ def test_a_tensor_cannot_reach_out_of_its_storage(tmp_path, options, fault):
     assert fault in refused(raw_bin(tmp_path / "bad.bin", tensor_pickle(**options), {"0": b"\0" * 16}))
 
 
+HUGE = "\x8a\x08" + "\0" * 7 + "\x40"  # 2**62
+
+
+def test_what_a_stride_or_an_offset_says_of_nothing_may_be_as_large_as_it_likes(tmp_path):
+    shapes = {"K\x01\x85": (1,), "K\0\x85": (0,)}
+    for text, shape in shapes.items():
+        data = tensor_pickle(offset=0 if shape == (1,) else 200, shape=text, strides=f"{HUGE}\x85")
+        (info,) = read_header(raw_bin(tmp_path / "good.bin", data, {"0": b"\0" * 16})).tensors
+        with TensorReader() as reader:
+            assert torch.equal(reader.read(info), torch.zeros(shape))
+            assert len(bytes(reader.data(info))) == info.nbytes
+    data = tensor_pickle(shape=f"K\0{HUGE}{HUGE}\x87", strides="K\0K\0K\0\x87")
+    assert "no file can hold" in refused(raw_bin(tmp_path / "bad.bin", data, {"0": b"\0" * 16}))
+
+
+def test_one_storage_has_one_type(tmp_path):
+    data = tensor_pickle()
+    second = data[3:-2].replace(b"FloatStorage", b"IntStorage").replace(b"\0\0\0a", b"\0\0\0b", 1)
+    file = raw_bin(tmp_path / "bad.bin", data[:-1] + second + b"s.", {"0": b"\0" * 16})
+    assert "two types or sizes" in refused(file)
+
+
 def test_a_compressed_zip_is_refused(tmp_path):
     file = raw_bin(tmp_path / "a.bin", tensor_pickle(), {"0": b"\0" * 16}, compression=zipfile.ZIP_DEFLATED)
     assert "compressed" in refused(file)
