@@ -1,13 +1,12 @@
 """The tensors of a PyTorch `.bin`: where each lies in the file, whichever way `torch.save` laid it out."""
 
 import math
-import shlex
 from pathlib import Path
 from typing import IO
 
 from orchestrator.checkpoint.bin_legacy import is_legacy, read_legacy
 from orchestrator.checkpoint.bin_pickle import PickledTensor
-from orchestrator.checkpoint.bin_storages import Contents
+from orchestrator.checkpoint.bin_storages import Contents, resave
 from orchestrator.checkpoint.bin_zip import ZIP_MAGIC, read_zip
 from orchestrator.checkpoint.tensors import DTYPES, MAX_BYTES, Header, TensorInfo, row_major
 from orchestrator.checkpoint.trust import IncompleteError, file_size, shown
@@ -32,7 +31,7 @@ def read_bin_header(file: Path) -> Header:
     size = file_size(file)
     try:
         with file.open("rb") as stream:
-            contents = _contents(stream, file, where, size)
+            contents = _contents(stream, where, size)
     except OSError as error:
         raise CheckpointError(f"{where} cannot be read: {error.strerror or shown(error)}") from error
     state = _state_dict(contents.value, where)
@@ -40,22 +39,20 @@ def read_bin_header(file: Path) -> Header:
     return Header(tensors, contents.digest)
 
 
-def _contents(stream: IO[bytes], file: Path, where: str, size: int) -> Contents:
+def _contents(stream: IO[bytes], where: str, size: int) -> Contents:
     start = stream.read(512)
     stream.seek(0)
     if start.startswith(ZIP_MAGIC):
-        return read_zip(stream, file, where, size)
+        return read_zip(stream, where, size)
     if is_legacy(start):
         return read_legacy(stream, where, size)
     if not start:
         raise IncompleteError(f"{where} is empty", _AGAIN)
     if start[_TAR_AT:].startswith(_TAR_MAGIC):
-        name = shlex.quote(shown(file, 400))
-        code = "import sys, torch; f = sys.argv[1]; torch.save(torch.load(f, weights_only=False), f + '.new')"
         raise CheckpointError(
             f"{where} is a .tar of PyTorch before 0.2, which is not read here",
-            f'If you trust it (this runs what is in it), save it again: python -c "{code}" {name} && '
-            f"mv {name}.new {name}",
+            "If you trust it (this runs what is in it), save it again: "
+            + resave(where, "torch.load(f, weights_only=False)"),
         )
     raise CheckpointError(f"{where} is not a PyTorch checkpoint", _AGAIN)
 

@@ -6,7 +6,7 @@ offset is known from the pickles; offsets need not be multiples of anything.
 """
 
 import hashlib
-from typing import IO, Any, cast
+from typing import IO
 
 from orchestrator.checkpoint.bin_pickle import MAX_PICKLE, Pickled, Storage, interpret
 from orchestrator.checkpoint.bin_storages import Contents
@@ -50,7 +50,7 @@ class _Pickles:
         return line
 
     def next(self) -> Pickled:
-        return interpret(cast(IO[bytes], self), self._where, legacy=True)
+        return interpret(self, self._where, legacy=True)
 
     def _check(self, size: int) -> None:
         if self.position + size > MAX_PICKLE:
@@ -73,8 +73,7 @@ def read_legacy(stream: IO[bytes], where: str, size: int) -> Contents:
         CheckpointError: another version, a big-endian machine's, or contradictions.
     """
     pickles = _Pickles(stream, where)
-    magic, version, system = (pickles.next().value for _ in range(3))
-    _check_machine(magic, version, system, where)
+    _check_machine(pickles, where)
     saved = pickles.next()
     keys = _checked_keys(pickles.next().value, saved.storages, where)
     regions: dict[str, tuple[int, int]] = {}
@@ -92,7 +91,8 @@ def read_legacy(stream: IO[bytes], where: str, size: int) -> Contents:
     return Contents(saved.value, regions, hashlib.sha256(stream.read(pickles.position)).hexdigest())
 
 
-def _check_machine(magic: object, version: object, system: object, where: str) -> None:
+def _check_machine(pickles: _Pickles, where: str) -> None:
+    magic, version, system = (pickles.next().value for _ in range(3))
     if magic != _MAGIC_NUMBER or version != _VERSION or not isinstance(system, dict):
         raise CheckpointError(f"{where} does not begin as torch.save's files do, in version {_VERSION}", _AGAIN)
     if system.get("little_endian") is not True:
@@ -104,14 +104,14 @@ def _checked_keys(keys: object, storages: dict[str, Storage], where: str) -> lis
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise CheckpointError(f"{where} has no list of its storages", _AGAIN)
     if len(set(keys)) != len(keys) or set(keys) != set(storages):
-        other = shown(next(iter(set(keys) ^ set(storages)), "one of them"), 40)
-        raise CheckpointError(f"{where} does not list each of its storages once: {other}", _AGAIN)
-    return cast(list[str], keys)
+        other = min(set(keys) ^ set(storages), default="one of them")
+        raise CheckpointError(f"{where} does not list each of its storages once: {shown(other, 40)}", _AGAIN)
+    return keys
 
 
 def _check_count(stream: IO[bytes], start: int, storage: Storage, where: str) -> None:
     stream.seek(start)
-    raw: Any = stream.read(8)
+    raw = stream.read(8)
     count = int.from_bytes(raw, "little")
     if len(raw) < 8:
         raise IncompleteError(f"{where} is truncated: the storage {shown(storage.key)} is missing", _AGAIN)

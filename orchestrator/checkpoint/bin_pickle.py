@@ -9,8 +9,9 @@ imported, and the only "calls" are the functions of this module that `_GLOBALS` 
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import Any, Protocol, cast
 
+from orchestrator.checkpoint.bin_storages import resave
 from orchestrator.checkpoint.tensors import DTYPES, MAX_BYTES, MAX_DIMS
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
@@ -19,7 +20,7 @@ MAX_PICKLE = 16 * 2**20
 """Largest pickles of one file, in bytes: they hold names and shapes only, about 150 bytes a tensor."""
 
 MAX_INSTRUCTIONS = 2**21
-"""Most instructions of one pickle (a tensor takes about 30): one byte can make an object of a hundred."""
+"""Most instructions of one pickle (a tensor takes 30 to 45): one of a byte can make an object of a hundred."""
 
 MAX_NUMBER_KEY = 2**31
 """Keys that are numbers lie below: larger ones can be chosen to have one hash, and a dictionary of such hangs."""
@@ -232,7 +233,7 @@ class _Machine:
         if view not in ([], [None]):
             raise CheckpointError(
                 f"{self.where} holds a storage that is a part of another (PyTorch before 0.4), which is not read here",
-                _TENSORS_ONLY,
+                f"Save it again: {resave(self.where, 'torch.load(f, weights_only=True)')}",
             )
         (size,) = _sizes((elements,))
         storage = Storage(key, kind.dtype, size)
@@ -290,11 +291,19 @@ class Pickled:
     storages: dict[str, Storage]
 
 
-def interpret(data: IO[bytes], where: str, *, legacy: bool = False) -> Pickled:
+class Source(Protocol):
+    """Where a pickle is read from; more than these is not asked of it."""
+
+    def read(self, size: int, /) -> bytes: ...
+    def readline(self) -> bytes: ...
+    def tell(self) -> int: ...
+
+
+def interpret(data: Source, where: str, *, legacy: bool = False) -> Pickled:
     """The pickle that begins where `data` stands; afterwards `data` stands behind it.
 
     Args:
-        data: read by `read` and `readline` only, as the pickle asks for it: whoever gives it bounds it.
+        data: asked for as much as the pickle says: whoever gives it bounds it.
         where: the file's name for messages.
         legacy: storages are referred to as before PyTorch 1.6.
 
@@ -305,13 +314,16 @@ def interpret(data: IO[bytes], where: str, *, legacy: bool = False) -> Pickled:
     left = MAX_INSTRUCTIONS
     try:
         for code, argument, _position in pickletools.genops(cast(Any, data)):
-            left -= 1
-            if code.name not in _ACTIONS or left < 0:
-                what = f"the instruction {code.name}" if left >= 0 else f"more than {MAX_INSTRUCTIONS:,} instructions"
+            if code.name not in _ACTIONS:
                 raise CheckpointError(
-                    f"{where} holds a pickle with {what}, which torch.save does not "
+                    f"{where} holds a pickle with the instruction {code.name}, which torch.save does not "
                     "write: refused, nothing was executed",
                     _TENSORS_ONLY,
+                )
+            left -= 1
+            if left < 0:
+                raise CheckpointError(
+                    f"{where} holds a pickle of more than {MAX_INSTRUCTIONS:,} instructions: refused", _TENSORS_ONLY
                 )
             _ACTIONS[code.name](machine, argument)
         return Pickled(machine.stack[-1], machine.storages)

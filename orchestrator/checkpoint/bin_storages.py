@@ -1,5 +1,6 @@
-"""What either layout of a `.bin` comes to: a value with tensors in it, and the bytes behind each storage."""
+"""What either layout of a `.bin` comes to, and what is said and refused alike of both."""
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -28,3 +29,10 @@ def refuse_overlaps(regions: Iterable[tuple[int, int]], where: str) -> None:
         if start < end:
             raise CheckpointError(f"{where} has storages that overlap at byte {start:,}: refused", "Download it again.")
         end = start + size
+
+
+def resave(where: str, loaded: str) -> str:
+    """The command that puts what the Python expression `loaded` makes of the file `f` in the file's place."""
+    name = shlex.quote(where)
+    code = f"import sys, torch; f = sys.argv[1]; torch.save({loaded}, f + '.new')"
+    return f'python -c "{code}" {name} && mv {name}.new {name}'

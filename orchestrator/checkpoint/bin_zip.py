@@ -2,15 +2,13 @@
 
 import hashlib
 import io
-import shlex
 import struct
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, cast
 
 from orchestrator.checkpoint.bin_pickle import MAX_PICKLE, Storage, interpret
-from orchestrator.checkpoint.bin_storages import Contents, refuse_overlaps
+from orchestrator.checkpoint.bin_storages import Contents, refuse_overlaps, resave
 from orchestrator.checkpoint.trust import IncompleteError, shown
 from orchestrator.errors import CheckpointError
 
@@ -81,14 +79,14 @@ class _Archive:
         return self.stream.read(size)
 
 
-def read_zip(stream: IO[bytes], file: Path, where: str, size: int) -> Contents:
+def read_zip(stream: IO[bytes], where: str, size: int) -> Contents:
     """What the zip holds, and where its storages lie.
 
     Raises:
         IncompleteError: the file is truncated.
         CheckpointError: not one of torch.save's, or contradictions.
     """
-    archive = _open(stream, file, where, size)
+    archive = _open(stream, where, size)
     _check_byteorder(archive)
     pickle = archive.read("data.pkl", MAX_PICKLE)
     found = interpret(io.BytesIO(pickle), where)
@@ -97,7 +95,7 @@ def read_zip(stream: IO[bytes], file: Path, where: str, size: int) -> Contents:
     return Contents(found.value, regions, hashlib.sha256(pickle).hexdigest())
 
 
-def _open(stream: IO[bytes], file: Path, where: str, size: int) -> _Archive:
+def _open(stream: IO[bytes], where: str, size: int) -> _Archive:
     try:
         with zipfile.ZipFile(cast(Any, _Stingy(stream, where))) as zipped:
             listed = zipped.infolist()
@@ -113,16 +111,12 @@ def _open(stream: IO[bytes], file: Path, where: str, size: int) -> _Archive:
     if len(folders) != 1:
         raise CheckpointError(f"{where} is a zip, but not one of torch.save: it has {len(folders)} data.pkl", _AGAIN)
     if f"{folders[0]}/constants.pkl" in entries:
-        raise CheckpointError(f"{where} is a TorchScript program, not weights", _script_hint(file))
+        loaded = "torch.jit.load(f, map_location='cpu').state_dict()"
+        raise CheckpointError(
+            f"{where} is a TorchScript program, not weights",
+            f"If you trust it, save its weights: {resave(where, loaded)}",
+        )
     return _Archive(stream, where, size, folders[0], entries)
-
-
-def _script_hint(file: Path) -> str:
-    name = shlex.quote(shown(file, 400))
-    code = (
-        "import sys, torch; f = sys.argv[1]; torch.save(torch.jit.load(f, map_location='cpu').state_dict(), f + '.new')"
-    )
-    return f'If you trust it, save its weights: python -c "{code}" {name} && mv {name}.new {name}'
 
 
 def _check_byteorder(archive: _Archive) -> None:

@@ -315,6 +315,16 @@ def test_a_contradictory_legacy_file_is_refused(tmp_path, content, fault):
     assert fault in refused(file)
 
 
+def test_a_storage_that_is_a_part_of_another_is_refused_with_a_line_that_really_converts_it(tmp_path):
+    file = tmp_path / "very old.bin"
+    view = "(" + "X\1\0\0\x001" + "K\1K\2t"
+    file.write_bytes(legacy(legacy_tensor(view=view, shape="K\2\x85"), ["0"], STORED))
+    converted(refused(file), "Save it again: ")
+    (info,) = read_header(file).tensors
+    with TensorReader() as reader:
+        assert reader.read(info).tolist() == [2, 3]
+
+
 @pytest.mark.parametrize("cut", [30, 120, -100, -25, -17, -16, -1])
 def test_a_truncated_legacy_file_is_incomplete(tmp_path, cut):
     file = tmp_path / "pytorch_model.bin"

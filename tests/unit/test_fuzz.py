@@ -361,6 +361,7 @@ BOMBS = {
     **{f"{name}.zip.bin": lambda data=data: stored(data, (b"a/data/0", 0, 1)) for name, data in PICKLES.items()},
     **{f"{name}.legacy.bin": lambda name=name: legacy(PICKLES[name]) for name in ENDLESS},
     "legacy pickles of 4 GiB.bin": lambda: (legacy(b"\x80\x02]")[0][:-30] + b"(" * 99, 4 * GIBI, b""),
+    "one entry twice.bin": lambda: stored(b"}.", (b"a/data.pkl", 0, 2)),
     "encrypted.bin": lambda: stored(b"}.", flags=1),
     "overlapping.bin": lambda: overlapping(one_tensor_each(KEYS, GIBI)),
     "its own pickle.bin": lambda: stored(one_tensor_each(["0"], 2), (b"a/data/0", 0, 2)),
