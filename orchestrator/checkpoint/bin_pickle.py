@@ -327,5 +327,6 @@ def interpret(data: Source, where: str, *, legacy: bool = False) -> Pickled:
                 )
             _ACTIONS[code.name](machine, argument)
         return Pickled(machine.stack[-1], machine.storages)
-    except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
+    except (ValueError, TypeError, IndexError, KeyError, OverflowError, Warning) as error:
+        # A warning comes as an exception where the user asked for that: pickletools has one about old text.
         raise CheckpointError(f"{where} holds a damaged pickle: {shown(error, 80)}", "Download it again.") from error
