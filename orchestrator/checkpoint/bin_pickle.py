@@ -1,4 +1,4 @@
-"""The pickle inside a `.bin`, interpreted without being executed.
+"""The pickles inside a `.bin`, interpreted without being executed.
 
 Python's own unpickler calls what the file names, and even with a whitelist a short file can make it
 allocate gigabytes (a memo index of 2**32) or overflow the C stack (a nested tuple as a key). So the few
@@ -9,11 +9,21 @@ imported, and the only "calls" are the functions of this module that `_GLOBALS` 
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
+from orchestrator.checkpoint.bin_storages import resave
 from orchestrator.checkpoint.tensors import DTYPES, MAX_BYTES, MAX_DIMS
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
+
+MAX_PICKLE = 16 * 2**20
+"""Largest pickles of one file, in bytes: they hold names and shapes only, about 150 bytes a tensor."""
+
+MAX_INSTRUCTIONS = 2**21
+"""Most instructions of one pickle (a tensor takes 30 to 45): one of a byte can make an object of a hundred."""
+
+MAX_NUMBER_KEY = 2**31
+"""Keys that are numbers lie below: larger ones can be chosen to have one hash, and a dictionary of such hangs."""
 
 _TENSORS_ONLY = "Only tensors are read: save the model's state_dict(), best as safetensors."
 
@@ -25,16 +35,20 @@ class StorageType:
     dtype: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Storage:
-    """A run of elements (bytes where `dtype` is None) in the archive's `data/<key>`."""
+    """A run of elements (bytes where `dtype` is None) that the file has under `key`."""
 
     key: str
     dtype: str | None
     elements: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.elements * (DTYPES[self.dtype].size if self.dtype else 1)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class PickledTensor:
     """A view into a storage; offset and strides in elements."""
 
@@ -121,6 +135,7 @@ _STORAGES = {
 }
 
 _GLOBALS: dict[str, object] = {
+    "torch._utils._rebuild_tensor": _Function(_tensor_v2),  # before PyTorch 0.4: without what v2 ignores here
     "torch._utils._rebuild_tensor_v2": _Function(_tensor_v2),
     "torch._utils._rebuild_tensor_v3": _Function(_tensor_v3),
     "torch._utils._rebuild_parameter": _Function(_parameter),
@@ -137,14 +152,18 @@ def _put(target: object, key: object, value: object) -> None:
     # Text or a number only: hashing a deeply nested tuple would overflow the C stack.
     if not isinstance(target, dict) or not isinstance(key, (str, int)):
         raise ValueError("an item set where there is no dictionary, or under no plain key")
+    if isinstance(key, int) and not -MAX_NUMBER_KEY <= key < MAX_NUMBER_KEY:
+        raise ValueError("an item set under a number of more than 32 bits")
     target[key] = value
 
 
 class _Machine:
-    """The pickle machine's stack, marks and memo."""
+    """The pickle machine's stack, marks and memo, and the storages that it met, by their keys."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, legacy: bool) -> None:
         self.where = where
+        self.legacy = legacy
+        self.storages: dict[str, Storage] = {}
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -205,13 +224,24 @@ class _Machine:
 
     def storage(self, _: object) -> None:
         (found,) = self.last(1)
-        if not isinstance(found, tuple) or len(found) != 5 or found[0] != "storage":
+        fields = 6 if self.legacy else 5
+        if not isinstance(found, tuple) or len(found) != fields or found[0] != "storage":
             raise ValueError("a reference that is no storage")
-        kind, key, _place, elements = found[1:]
+        kind, key, _place, elements, *view = found[1:]
         if not isinstance(kind, StorageType) or not isinstance(key, str):
             raise ValueError("a storage without a type or a key")
+        if view not in ([], [None]):
+            raise CheckpointError(
+                f"{self.where} holds a storage that is a part of another (PyTorch before 0.4), which is not read here",
+                f"Save it again: {resave(self.where, 'torch.load(f, weights_only=True)')}",
+            )
         (size,) = _sizes((elements,))
-        self.push(Storage(key, kind.dtype, size))
+        storage = Storage(key, kind.dtype, size)
+        known = self.storages.setdefault(key, storage)
+        # Empty ones may share a key: they have no memory that would tell them apart.
+        if known != storage and (known.elements or storage.elements):
+            raise ValueError("one storage with two types or sizes")
+        self.push(storage)
 
 
 def _nothing(machine: _Machine, _: object) -> None:
@@ -227,6 +257,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "NEWFALSE": lambda m, _: m.push(False),
     **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _Machine.push),
     **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES"), _Machine.push),
+    **dict.fromkeys(("BINSTRING", "SHORT_BINSTRING"), _Machine.push),  # Python 2's text
     "MARK": _Machine.mark,
     "EMPTY_TUPLE": lambda m, _: m.push(()),
     "TUPLE1": lambda m, _: m.push(m.last(1)),
@@ -252,22 +283,50 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
 }
 
 
-def interpret(data: bytes, where: str) -> object:
-    """What the pickle `data` describes: dicts, lists, text, numbers and `PickledTensor`s.
+@dataclass(frozen=True)
+class Pickled:
+    """What one pickle describes: dicts, lists, text, numbers and `PickledTensor`s; its storages by their keys."""
+
+    value: object
+    storages: dict[str, Storage]
+
+
+class Source(Protocol):
+    """Where a pickle is read from; more than these is not asked of it."""
+
+    def read(self, size: int, /) -> bytes: ...
+    def readline(self) -> bytes: ...
+    def tell(self) -> int: ...
+
+
+def interpret(data: Source, where: str, *, legacy: bool = False) -> Pickled:
+    """The pickle that begins where `data` stands; afterwards `data` stands behind it.
+
+    Args:
+        data: asked for as much as the pickle says: whoever gives it bounds it.
+        where: the file's name for messages.
+        legacy: storages are referred to as before PyTorch 1.6.
 
     Raises:
         CheckpointError: it names something that is not on the list, uses another instruction, or is damaged.
     """
-    machine = _Machine(where)
+    machine = _Machine(where, legacy)
+    left = MAX_INSTRUCTIONS
     try:
-        for code, argument, _position in pickletools.genops(data):
+        for code, argument, _position in pickletools.genops(cast(Any, data)):
             if code.name not in _ACTIONS:
                 raise CheckpointError(
                     f"{where} holds a pickle with the instruction {code.name}, which torch.save does not "
                     "write: refused, nothing was executed",
                     _TENSORS_ONLY,
                 )
+            left -= 1
+            if left < 0:
+                raise CheckpointError(
+                    f"{where} holds a pickle of more than {MAX_INSTRUCTIONS:,} instructions: refused", _TENSORS_ONLY
+                )
             _ACTIONS[code.name](machine, argument)
-        return machine.stack[-1]
-    except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
+        return Pickled(machine.stack[-1], machine.storages)
+    except (ValueError, TypeError, IndexError, KeyError, OverflowError, Warning) as error:
+        # A warning comes as an exception where the user asked for that: pickletools has one about old text.
         raise CheckpointError(f"{where} holds a damaged pickle: {shown(error, 80)}", "Download it again.") from error

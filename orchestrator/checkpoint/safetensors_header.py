@@ -49,7 +49,8 @@ def _header_bytes(file: Path, size: int, where: str) -> bytes:
                 raise CheckpointError(
                     f"{where} is not a safetensors file: it claims a header of {length:,} bytes", _AGAIN
                 )
-            data = stream.read(length)
+            # Not more than there is: memory for what a header claims would be taken first.
+            data = stream.read(min(length, size))
     except OSError as error:
         raise CheckpointError(f"{where} cannot be read: {error.strerror}") from error
     if len(data) < length:
@@ -76,8 +77,11 @@ def _tensor(name: str, entry: Any, file: Path, start: int, where: str) -> Tensor
     offsets = _sizes(entry["data_offsets"])
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{what}: data_offsets {shown(entry['data_offsets'], 60)} are no byte range")
+    # Counted as if nothing were empty: torch refuses such a shape also where a 0 is in it.
+    if math.prod(max(length, 1) for length in shape) * DTYPES[dtype].size > MAX_BYTES:
+        raise CheckpointError(f"{what} claims a shape that no file can hold: {shown(list(shape), 60)}")
     nbytes = math.prod(shape) * DTYPES[dtype].size
-    if nbytes > MAX_BYTES or offsets[1] - offsets[0] != nbytes:
+    if offsets[1] - offsets[0] != nbytes:
         raise CheckpointError(
             f"{what}: shape {shown(list(shape), 60)} of {dtype} does not fill its {offsets[1] - offsets[0]:,} bytes"
         )

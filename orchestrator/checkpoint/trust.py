@@ -1,6 +1,7 @@
 """Reading what strangers wrote: bounded files, plain JSON, names that fit one line of a message."""
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,18 @@ JSON_LIMIT = 64 * 2**20
 """Largest JSON file that is read, in bytes (an index of 500,000 tensors takes about 50 MB)."""
 
 
+JSON_TOKENS = 2**22
+"""Most commas and brackets in one JSON file (a tensor takes about ten): three bytes can make an object of eighty."""
+
+
 class IncompleteError(CheckpointError):
     """Weights that are not all there: a missing or truncated file. Another format may still be whole."""
 
 
 def shown(value: object, limit: int = 120) -> str:
     """A name out of a stranger's file, fit for one line: control characters escaped, cut at `limit`."""
-    text = str(value)
+    # The text of a list may be as long as the file, or too deeply nested to be written out.
+    text = reprlib.repr(value) if isinstance(value, (list, dict, tuple)) else str(value)
     cut = text if len(text) <= limit else text[: limit - 3] + "..."
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in cut)
 
@@ -69,8 +75,10 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
     """A JSON object out of `data`; `where` names it in messages. A key given twice is an error.
 
     Raises:
-        CheckpointError: not UTF-8, not JSON, nested too deeply, or not an object.
+        CheckpointError: not UTF-8, not JSON, nested too deeply, of too many pieces, or not an object.
     """
+    if sum(map(data.count, (b",", b"[", b"{"))) > JSON_TOKENS:
+        raise CheckpointError(f"{where} is JSON of more than {JSON_TOKENS:,} pieces: refused")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

@@ -32,9 +32,9 @@ MODEL_FORMATS = (
         "safetensors",
         "model.safetensors",
         "model.safetensors.index.json",
-        r"model-(\d{5})-of-(\d{5})\.safetensors",
+        r"model-([0-9]{5})-of-([0-9]{5})\.safetensors",
     ),
-    Format("bin", "pytorch_model.bin", "pytorch_model.bin.index.json", r"pytorch_model-(\d{5})-of-(\d{5})\.bin"),
+    Format("bin", "pytorch_model.bin", "pytorch_model.bin.index.json", r"pytorch_model-([0-9]{5})-of-([0-9]{5})\.bin"),
 )
 """In order of preference."""
 
@@ -124,6 +124,8 @@ def _strays(folder: Path, form: Format, files: list[Path]) -> tuple[str, ...]:
 def _all_shards(folder: Path, form: Format) -> list[str]:
     matches = _shards(folder, form)
     total = int(matches[0][2])
+    if total == 0:
+        raise CheckpointError(f"{shown(folder / matches[0].group(), 400)} says that it is one of 0 shards", _AGAIN)
     found = {match.group() for match in matches}
     stem = form.shard.split("-", 1)[0]
     wanted = [f"{stem}-{number:05d}-of-{total:05d}{form.suffix}" for number in range(1, total + 1)]

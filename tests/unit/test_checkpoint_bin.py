@@ -1,9 +1,12 @@
 import contextlib
+import io
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -48,11 +51,21 @@ def every_kind():
     }
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_every_kind_of_tensor_is_found_and_read_as_torch_does(tmp_path, wrapped):
+LAYOUTS = {"zip": {}, "legacy": {"_use_new_zipfile_serialization": False}}
+WRAPPINGS = {
+    "bare": lambda tensors: tensors,
+    "state_dict": lambda tensors: {"epoch": 3, "state_dict": tensors, "note": "the best", "loss": 0.5, "done": None},
+    "model": lambda tensors: {"model": tensors, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}},
+    "module": lambda tensors: {"module": tensors, "model": {"layers": 2}, "betas": (0.9, 0.99), "tags": ["a", "b"]},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_kind_of_tensor_is_found_and_read_as_torch_does(tmp_path, wrap, layout):
     tensors = every_kind()
     file = tmp_path / "pytorch_model.bin"
-    torch.save({"epoch": 3, "state_dict": tensors} if wrapped else tensors, file)
+    torch.save(wrap(tensors), file, **layout)
     found = {info.name: info for info in read_header(file).tensors}
     assert list(found) == list(tensors)
     for name, tensor in tensors.items():
@@ -172,6 +185,28 @@ def test_a_tensor_cannot_reach_out_of_its_storage(tmp_path, options, fault):
     assert fault in refused(raw_bin(tmp_path / "bad.bin", tensor_pickle(**options), {"0": b"\0" * 16}))
 
 
+HUGE = "\x8a\x08" + "\0" * 7 + "\x40"  # 2**62
+
+
+def test_what_a_stride_or_an_offset_says_of_nothing_may_be_as_large_as_it_likes(tmp_path):
+    shapes = {"K\x01\x85": (1,), "K\0\x85": (0,)}
+    for text, shape in shapes.items():
+        data = tensor_pickle(offset=0 if shape == (1,) else 200, shape=text, strides=f"{HUGE}\x85")
+        (info,) = read_header(raw_bin(tmp_path / "good.bin", data, {"0": b"\0" * 16})).tensors
+        with TensorReader() as reader:
+            assert torch.equal(reader.read(info), torch.zeros(shape))
+            assert len(bytes(reader.data(info))) == info.nbytes
+    data = tensor_pickle(shape=f"K\0{HUGE}{HUGE}\x87", strides="K\0K\0K\0\x87")
+    assert "no file can hold" in refused(raw_bin(tmp_path / "bad.bin", data, {"0": b"\0" * 16}))
+
+
+def test_one_storage_has_one_type(tmp_path):
+    data = tensor_pickle()
+    second = data[3:-2].replace(b"FloatStorage", b"IntStorage").replace(b"\0\0\0a", b"\0\0\0b", 1)
+    file = raw_bin(tmp_path / "bad.bin", data[:-1] + second + b"s.", {"0": b"\0" * 16})
+    assert "two types or sizes" in refused(file)
+
+
 def test_a_compressed_zip_is_refused(tmp_path):
     file = raw_bin(tmp_path / "a.bin", tensor_pickle(), {"0": b"\0" * 16}, compression=zipfile.ZIP_DEFLATED)
     assert "compressed" in refused(file)
@@ -190,14 +225,160 @@ def test_a_big_endian_file_is_refused(tmp_path):
     assert "big-endian" in refused(file)
 
 
-def test_a_legacy_file_is_refused_with_a_line_that_really_converts_it(tmp_path):
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_legacy_file_is_read_as_torch_reads_it_wherever_its_data_begin(tmp_path, protocol):
+    file = tmp_path / "pytorch_model.bin"
+    for size in range(9):  # the keys' lengths and the first tensor's move what follows off any alignment
+        half = torch.arange(30).to(torch.bfloat16).view(5, 6)
+        tensors = {
+            "odd": torch.arange(size, dtype=torch.int8),
+            "whole": half,
+            "part": half[1:4, ::2],
+            "turned": half.t(),
+            "numbers": torch.arange(7),
+            "nothing": torch.zeros(2, 0),
+            "x" * size: torch.randn(3, 5),
+        }
+        torch.save(tensors, file, _use_new_zipfile_serialization=False, pickle_protocol=protocol)
+        wanted = torch.load(file, weights_only=True) if protocol == 2 else tensors
+        header = read_header(file)
+        with TensorReader() as reader:
+            for info in header.tensors:
+                assert torch.equal(reader.read(info), wanted[info.name]), info
+                assert bytes(reader.data(info)) == bytes(
+                    wanted[info.name].contiguous().view(torch.uint8).numpy() if info.parameters else b""
+                )
+                rows = torch.cat([piece for _, piece in reader.rows(info, 8)])
+                assert torch.equal(rows, wanted[info.name])
+    assert len({read_header(file).digest, header.digest}) == 1
+
+
+def test_a_legacy_file_s_shared_storage_is_found_once(tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    base = torch.randn(8, 4)
+    torch.save({"a": base, "b": base, "c": base[2:]}, file, _use_new_zipfile_serialization=False)
+    a, b, c = read_header(file).tensors
+    assert a.shares_all(b)
+    assert c.offset == a.offset + 2 * 4 * 4
+
+
+def legacy(value, keys, data, *, system=None, magic=0x1950A86A20F9469CFC6C, version=1001):
+    """A legacy file by hand; `value` is the object's pickle as bytes."""
+    parts = [magic, version, {"little_endian": True} if system is None else system]
+    return b"".join(pickle.dumps(part, protocol=2) for part in parts) + value + pickle.dumps(keys, protocol=2) + data
+
+
+def legacy_tensor(view="N", text="X", key="0", **options):
+    """`tensor_pickle` with the sixth field of its reference; SHORT_BINSTRING is what Python 2 wrote."""
+    data = tensor_pickle(key=key, **options).replace(b"K\x04tQ", b"K\x04" + view.encode("latin-1") + b"tQ")
+    if text == "U":
+        data = re.sub(rb"X(.)\0\0\0", lambda match: b"U" + match[1], data)
+    return data
+
+
+STORED = struct.pack("<Q4f", 4, 1.0, 2.0, 3.0, 4.0)
+
+
+@pytest.mark.parametrize("text", ["X", "U"])
+def test_a_file_that_python_2_wrote_is_read(tmp_path, text):
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(legacy(legacy_tensor(text=text), ["0"], STORED))
+    (info,) = read_header(file).tensors
+    with TensorReader() as reader:
+        assert reader.read(info).tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (legacy(legacy_tensor(), ["0"], STORED, version=1000), "version 1001"),
+        (legacy(legacy_tensor(), ["0"], STORED, system={"little_endian": False}), "big-endian"),
+        (legacy(legacy_tensor(), ["0"], STORED, system=[]), "version 1001"),
+        (legacy(legacy_tensor(), [], b""), "each of its storages once: 0"),
+        (legacy(legacy_tensor(), ["0", "0"], STORED * 2), "each of its storages once"),
+        (legacy(legacy_tensor(), ["0", "1"], STORED * 2), "each of its storages once: 1"),
+        (legacy(legacy_tensor(), [0], STORED), "no list of its storages"),
+        (legacy(legacy_tensor(), ["0"], b"\x05" + STORED[1:]), "has 5 elements, not 4"),
+        (legacy(legacy_tensor(), ["0"], b"\xff" * 8 + STORED[8:]), "18,446,744,073,709,551,615 elements, not 4"),
+        (legacy(legacy_tensor(), ["0"], STORED + b"more"), "4 bytes more"),
+        (legacy(legacy_tensor(view="(X\1\0\0\x001K\0K\4t"), ["0"], STORED), "a part of another"),
+        (legacy(b"\x80\x02}.", ["0"], STORED), "each of its storages once"),
+        (legacy(b"\x80\x02}X" + struct.pack("<I", 2**32 - 1), ["0"], STORED), "more than the 16,777,216 bytes"),
+        (legacy(b"\x80\x02c" + b"x" * 5000, ["0"], STORED), "damaged pickle"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_contradictory_legacy_file_is_refused(tmp_path, content, fault):
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(content)
+    assert fault in refused(file)
+
+
+def test_a_storage_that_is_a_part_of_another_is_refused_with_a_line_that_really_converts_it(tmp_path):
+    file = tmp_path / "very old.bin"
+    view = "(" + "X\1\0\0\x001" + "K\1K\2t"
+    file.write_bytes(legacy(legacy_tensor(view=view, shape="K\2\x85"), ["0"], STORED))
+    converted(refused(file), "Save it again: ")
+    (info,) = read_header(file).tensors
+    with TensorReader() as reader:
+        assert reader.read(info).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("cut", [30, 120, -100, -25, -17, -16, -1])
+def test_a_truncated_legacy_file_is_incomplete(tmp_path, cut):
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(legacy(legacy_tensor(), ["0"], STORED)[:cut])
+    assert "truncated" in refused(file, IncompleteError)
+
+
+def test_a_malicious_legacy_file_is_refused_and_nothing_runs(tmp_path):
+    file, target = tmp_path / "pytorch_model.bin", tmp_path / "owned"
+    torch.save({"a": torch.ones(2), "b": Attack(target)}, file, _use_new_zipfile_serialization=False)
+    assert "wants to call posix.system: refused, nothing was executed" in refused(file)
+    assert not target.exists()
+
+
+def test_several_state_dicts_in_one_file_are_refused_by_their_names(tmp_path):
+    file = tmp_path / "a.bin"
+    torch.save({"model": {"a": torch.ones(1)}, "state_dict": {"a": torch.zeros(1)}}, file)
+    assert "several state dicts: state_dict and model" in refused(file)
+
+
+def converted(message, start):
+    """The command that a message gives, done."""
+    subprocess.run(message.split(start)[1].replace("python ", f"{sys.executable} ", 1), shell=True, check=True)
+
+
+def test_a_tar_of_long_ago_is_refused_with_a_line_that_really_converts_it(tmp_path):
     file = tmp_path / "it's old.bin"
-    torch.save({"a": torch.arange(3.0)}, file, _use_new_zipfile_serialization=False)
+    data = {
+        "storages": pickle.dumps(1, 2) + pickle.dumps((7, "cpu", torch.FloatStorage), 2) + STORED + pickle.dumps([], 2),
+        "tensors": pickle.dumps(1, 2)
+        + pickle.dumps((8, 7, torch.FloatTensor), 2)
+        + struct.pack("<iiqqq", 1, 0, 4, 1, 0),
+        "pickle": b"\x80\x02}X\x01\0\0\0aX\x01\0\0\x008Qs.",
+    }
+    with tarfile.open(file, "w") as tar:
+        for name, content in data.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
     message = refused(file)
-    assert "before version 1.6" in message
-    command = message.split("Save it again: ")[1].replace("python ", f"{sys.executable} ", 1)
-    subprocess.run(command, shell=True, check=True)
-    assert [info.name for info in read_header(file).tensors] == ["a"]
+    assert "a .tar of PyTorch before" in message
+    converted(message, "save it again: ")
+    (info,) = read_header(file).tensors
+    with TensorReader() as reader:
+        assert reader.read(info).tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_torchscript_program_is_refused_with_a_line_that_really_converts_it(tmp_path):
+    file = tmp_path / "a script.bin"
+    torch.jit.script(torch.nn.Linear(3, 2)).save(file)
+    message = refused(file)
+    assert "TorchScript" in message
+    converted(message, "save its weights: ")
+    assert [info.name for info in read_header(file).tensors] == ["weight", "bias"]
 
 
 def test_torchscript_and_other_zips_are_refused(tmp_path):
