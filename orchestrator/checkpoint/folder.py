@@ -68,7 +68,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     check_folder(path)
     file = path / "config.json"
-    if not file.exists():
+    if not file.exists() and not file.is_symlink():  # a link to nowhere is named by its reader
         raise no_config(shown(path, 400), _names(path))
     config = read_object(file)
     weights = read_weights(path, MODEL_FORMATS)

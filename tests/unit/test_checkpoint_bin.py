@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.checkpoint.headers import read_header
-from orchestrator.checkpoint.reader import read_tensor
+from orchestrator.checkpoint.reader import read_rows, read_tensor, read_words, row_ranges
 from orchestrator.checkpoint.trust import IncompleteError
 from orchestrator.errors import CheckpointError
 from tests.checkpoints import model_tensors, raw_bin, write_model
@@ -193,9 +193,8 @@ def test_what_a_stride_or_an_offset_says_of_nothing_may_be_as_large_as_it_likes(
     for text, shape in shapes.items():
         data = tensor_pickle(offset=0 if shape == (1,) else 200, shape=text, strides=f"{HUGE}\x85")
         (info,) = read_header(raw_bin(tmp_path / "good.bin", data, {"0": b"\0" * 16})).tensors
-        with TensorReader() as reader:
-            assert torch.equal(reader.read(info), torch.zeros(shape))
-            assert len(bytes(reader.data(info))) == info.nbytes
+        assert torch.equal(read_tensor(info), torch.zeros(shape))
+        assert read_tensor(info).nbytes == info.nbytes
     data = tensor_pickle(shape=f"K\0{HUGE}{HUGE}\x87", strides="K\0K\0K\0\x87")
     assert "no file can hold" in refused(raw_bin(tmp_path / "bad.bin", data, {"0": b"\0" * 16}))
 
@@ -242,14 +241,13 @@ def test_a_legacy_file_is_read_as_torch_reads_it_wherever_its_data_begin(tmp_pat
         torch.save(tensors, file, _use_new_zipfile_serialization=False, pickle_protocol=protocol)
         wanted = torch.load(file, weights_only=True) if protocol == 2 else tensors
         header = read_header(file)
-        with TensorReader() as reader:
-            for info in header.tensors:
-                assert torch.equal(reader.read(info), wanted[info.name]), info
-                assert bytes(reader.data(info)) == bytes(
-                    wanted[info.name].contiguous().view(torch.uint8).numpy() if info.parameters else b""
-                )
-                rows = torch.cat([piece for _, piece in reader.rows(info, 8)])
-                assert torch.equal(rows, wanted[info.name])
+        for info in header.tensors:
+            assert torch.equal(read_tensor(info), wanted[info.name]), info
+            assert read_words(info, 0, info.shape[0] if info.shape else 1).tobytes() == bytes(
+                wanted[info.name].contiguous().view(torch.uint8).numpy() if info.parameters else b""
+            )
+            rows = torch.cat([read_rows(info, *part) for part in row_ranges(info, 8)])
+            assert torch.equal(rows, wanted[info.name])
     assert len({read_header(file).digest, header.digest}) == 1
 
 
@@ -284,8 +282,7 @@ def test_a_file_that_python_2_wrote_is_read(tmp_path, text):
     file = tmp_path / "pytorch_model.bin"
     file.write_bytes(legacy(legacy_tensor(text=text), ["0"], STORED))
     (info,) = read_header(file).tensors
-    with TensorReader() as reader:
-        assert reader.read(info).tolist() == [1, 2, 3, 4]
+    assert read_tensor(info).tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -320,8 +317,7 @@ def test_a_storage_that_is_a_part_of_another_is_refused_with_a_line_that_really_
     file.write_bytes(legacy(legacy_tensor(view=view, shape="K\2\x85"), ["0"], STORED))
     converted(refused(file), "Save it again: ")
     (info,) = read_header(file).tensors
-    with TensorReader() as reader:
-        assert reader.read(info).tolist() == [2, 3]
+    assert read_tensor(info).tolist() == [2, 3]
 
 
 @pytest.mark.parametrize("cut", [30, 120, -100, -25, -17, -16, -1])
@@ -367,8 +363,7 @@ def test_a_tar_of_long_ago_is_refused_with_a_line_that_really_converts_it(tmp_pa
     assert "a .tar of PyTorch before" in message
     converted(message, "save it again: ")
     (info,) = read_header(file).tensors
-    with TensorReader() as reader:
-        assert reader.read(info).tolist() == [1, 2, 3, 4]
+    assert read_tensor(info).tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
