@@ -84,6 +84,26 @@ def measured() -> str:
     )
 
 
+def checkpoints() -> str:
+    """Conversion and merge beside transformers, PEFT and a plain copy."""
+    result = json.loads((RESULTS / "checkpoints.json").read_text())
+    rows = []
+    for name, model in result["models"].items():
+        for job, contenders in (("convert", model["convert"]), ("merge", model["merge"])):
+            floor = contenders["copy"]["wall_s"]
+            for who, row in contenders.items():
+                peaks = [f"{row[key] / MIB:.0f} MiB" for key in ("peak_resident", "peak_anonymous")]
+                label = f"{job} {name.upper()} ({model['bytes'] / 10**9:.1f} GB)"
+                rows.append([label, who, f"{row['wall_s'] / floor:.2f}", *peaks])
+    head = ["", "whole process of", "time / copy", "peak resident", "of it anonymous"]
+    return (
+        "Whole processes, medians of "
+        f"{result['rounds']} rounds in one run, sources in the page cache, results flushed to the disk; `copy` is `cp` "
+        f"and `sync` of the same files:\n\n{table(head, rows)}\n\n"
+        f"`benchmarks/checkpoints.py`: {environment(result)}"
+    )
+
+
 def gpus() -> str:
     """The embedded model through the GPU engines: quality, and the plan's weights against what lies there."""
     result = json.loads((RESULTS / "thin_gpu.json").read_text())
@@ -105,7 +125,12 @@ def gpus() -> str:
     )
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"embedded": embedded, "measured": measured, "gpus": gpus}
+SECTIONS: dict[str, Callable[[], str]] = {
+    "embedded": embedded,
+    "checkpoints": checkpoints,
+    "measured": measured,
+    "gpus": gpus,
+}
 
 
 def rendered(text: str) -> str:
