@@ -29,7 +29,7 @@ from orchestrator.checkpoint.tied import tied_pair
 from orchestrator.checkpoint.trust import shown
 from orchestrator.checkpoint.writer import Shard, ShardWriter, plan_shards, write_index, write_text
 from orchestrator.errors import CheckpointError, ConfigError, StageError
-from orchestrator.stages.merge_plan import MergePlan, Output, plan_merge
+from orchestrator.stages.merge_plan import MergePlan, Output, grown, plan_merge
 
 VERSION = "1"
 """Of this stage: part of an artifact's key, to be raised when the same inputs give other bytes."""
@@ -79,7 +79,7 @@ def merge(
         change, share of elements changed, adapter tensors used), dropped, carried, notes.
 
     Raises:
-        CheckpointError: inputs that cannot be merged (see `adapter.targets`), NaN or infinite weights, an
+        CheckpointError: inputs that cannot be merged (see `adapter_match.targets`), NaN or infinite weights, an
             overflow of the written dtype, or a merge that changes nothing.
         ConfigError: a dtype that is not on the list.
         StageError: the disk is full (finished shards stay), or the folder holds another model.
@@ -92,7 +92,7 @@ def merge(
         _prepare(job, shards)
         records = _write_all(job, shards, progress)
         modules = [module for record in records for module in record["modules"]]
-        _check_changed(adapters, modules)
+        _check_changed(adapters, plan, modules)
         written = dtype or DTYPES[main_dtype(base.tensors.values()) or "F32"].torch
         carried = _complete(job, shards, written)
     except OSError as error:
@@ -113,13 +113,14 @@ def merge(
 def merged_size(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], dtype: str | None) -> int:
     """Bytes that the merged weights will take on the disk, headers aside. No data are read, no torch.
 
-    An adapter changes no shapes, so it adds nothing; tied heads are counted as stored, unless they share
-    their storage with the embedding.
+    Tied heads are counted as stored, unless they share their storage with the embedding.
     """
     pair = tied_pair(base)
     skip = pair[0].name if pair and pair[0].shares_all(pair[1]) else None
     infos = (info for info in base.tensors.values() if info.name != skip)
-    return sum(info.parameters * DTYPES[_written_dtype(Output(info.name, info), dtype)].size for info in infos)
+    kept = sum(info.parameters * DTYPES[_written_dtype(Output(info.name, info), dtype)].size for info in infos)
+    added = grown(base, [adapter for adapter, _ in adapters])
+    return kept + added * DTYPES[WRITTEN.get(dtype or "") or main_dtype(base.tensors.values()) or "F32"].size
 
 
 def _check_dtype(base: Checkpoint, dtype: str | None) -> None:
@@ -137,8 +138,9 @@ def _check_dtype(base: Checkpoint, dtype: str | None) -> None:
 
 def _written_dtype(output: Output, dtype: str | None) -> str:
     info = output.replaced or output.source  # an adapter's own tensors are often float32: the base decides
-    if dtype is None or info.dtype not in PLAIN_FLOATS or output.name.endswith(_NEVER_CAST):
-        return info.dtype
+    kept = output.dtype or info.dtype
+    if dtype is None or kept not in PLAIN_FLOATS or output.name.endswith(_NEVER_CAST):
+        return kept
     return WRITTEN[dtype]
 
 
@@ -177,7 +179,7 @@ def _prepare(job: _Job, shards: list[Shard]) -> None:
 def _complete(job: _Job, shards: list[Shard], dtype: str) -> list[str]:
     """Writes the index and the small files; then the records have served."""
     write_index(job.out, shards)
-    carried = carry_over(job.base, job.out, dtype)
+    carried = carry_over(job.base, job.out, dtype, edits=job.plan.config, tokenizer=job.plan.tokenizer)
     for shard in shards:
         _record_file(job.out, shard.name).unlink(missing_ok=True)
     return carried
@@ -250,8 +252,9 @@ def _record_file(out: Path, shard: str) -> Path:
     return out / f"{shard}.done"
 
 
-def _check_changed(adapters: list[tuple[Adapter, float]], modules: list[dict[str, Any]]) -> None:
-    if adapters and not any(module["changed"] for module in modules):
+def _check_changed(adapters: list[tuple[Adapter, float]], plan: MergePlan, modules: list[dict[str, Any]]) -> None:
+    resized = any(output.dtype for output in plan.outputs)
+    if adapters and not resized and not any(module["changed"] for module in modules):
         names = ", ".join(shown(adapter.path) for adapter, _ in adapters)
         raise CheckpointError(
             f"the merge changes nothing: {names} leaves every written weight as it was",
