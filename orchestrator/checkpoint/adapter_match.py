@@ -7,7 +7,7 @@ from orchestrator.checkpoint.adapter import Adapter, modules_of
 from orchestrator.checkpoint.adapter_experts import experts_targets, is_experts
 from orchestrator.checkpoint.adapter_names import Parts
 from orchestrator.checkpoint.adapter_targets import BiasTarget, LoraTarget, ReplaceTarget, RowsTarget, Target
-from orchestrator.checkpoint.architectures import layout_of
+from orchestrator.checkpoint.architectures import layout_of, text_config
 from orchestrator.checkpoint.base_names import BaseNames
 from orchestrator.checkpoint.folder import Checkpoint
 from orchestrator.checkpoint.lora_config import LoraConfig
@@ -89,7 +89,8 @@ def targets(adapter: Adapter, base: Checkpoint) -> dict[str, tuple[Target, ...]]
             tensor that no supported feature explains (it names the feature).
     """
     where = shown(adapter.path, 400)
-    if base.config.get("quantization_config") is not None:
+    configs = (base.config, text_config(base.config))
+    if any(config.get("quantization_config") is not None for config in configs):
         raise CheckpointError(
             f"{shown(base.path, 400)} is quantized: an adapter cannot be merged into it",
             "Give the original 16-bit model as model.path=...",

@@ -217,6 +217,8 @@ def test_a_quantized_base_is_refused(tmp_path):
     config = {"quantization_config": {"quant_method": "gptq"}}
     base = open_checkpoint(write_model(tmp_path / "gptq", config=config))
     refused(lambda: targets(adapter, base), "is quantized", "16-bit")
+    base = open_checkpoint(write_model(tmp_path / "nested", config={"text_config": config}))
+    refused(lambda: targets(adapter, base), "is quantized", "16-bit")
     tensors = model_tensors() | {f"{Q_PROJ}.weight": torch.zeros(32, 32).to(torch.float8_e4m3fn)}
     base = open_checkpoint(write_model(tmp_path / "fp8", tensors))
     refused(lambda: targets(adapter, base), "F8_E4M3")
@@ -331,6 +333,16 @@ def test_a_name_that_may_be_two_is_refused(tmp_path):
     }
     adapter = open_adapter(write_adapter(tmp_path / "lora", moved))
     refused(lambda: targets(adapter, base), "may be", f"{Q_PROJ}.weight", "model.text_model.layers")
+
+
+def test_two_names_of_one_tensor_are_refused(tmp_path, base):
+    moved = {
+        name.replace("model.layers", "model.language_model.layers"): tensor
+        for name, tensor in adapter_tensors([Q_PROJ]).items()
+    }
+    assert set(targets(open_adapter(write_adapter(tmp_path / "one", moved)), base)) == {f"{Q_PROJ}.weight"}
+    adapter = open_adapter(write_adapter(tmp_path / "two", adapter_tensors([Q_PROJ]) | moved))
+    refused(lambda: targets(adapter, base), "two adapter tensors", f"{Q_PROJ}.weight")
 
 
 STACKS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
