@@ -76,8 +76,19 @@ def layout_of(config: dict[str, Any]) -> Architecture | None:
     return ARCHITECTURES.get(architecture_name(config))
 
 
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that describes the language model: `text_config` of a nested one, else all of it."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
+def said_tied(config: dict[str, Any]) -> bool | None:
+    """tie_word_embeddings, outside or inside `text_config`; None where neither says."""
+    values = (config.get("tie_word_embeddings"), text_config(config).get("tie_word_embeddings"))
+    return next((value for value in values if isinstance(value, bool)), None)
+
+
 def is_tied(config: dict[str, Any]) -> bool:
     """Whether the output head is the embedding, by config.json or else by the architecture's default."""
-    row = layout_of(config) or Architecture()
-    value = config.get("tie_word_embeddings")
-    return value if isinstance(value, bool) else row.tied
+    row, said = layout_of(config) or Architecture(), said_tied(config)
+    return row.tied if said is None else said

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint.folder import Checkpoint, carried_files
+from orchestrator.checkpoint.tokenizer import tokenizer_files
 from orchestrator.checkpoint.writer import write_text
 
 _TYPE_KEY = {"linear": "type", "yarn": "type", "su": "type", "longrope": "type"}
@@ -13,22 +15,38 @@ _TYPE_KEY = {"linear": "type", "yarn": "type", "su": "type", "longrope": "type"}
 (config.py, 0.3.2) looks for each under one of the two only, and stops where both are there."""
 
 
-def carry_over(source: Checkpoint, out: Path, dtype: str) -> list[str]:
+def carry_over(
+    source: Checkpoint, out: Path, dtype: str, *, edits: Mapping[str, Any] | None = None, tokenizer: Path | None = None
+) -> list[str]:
     """Copies the tokenizer, templates, generation config and so on byte for byte, and writes config.json.
 
     Args:
         dtype: torch's name of what the weights were written as ("bfloat16"); "" leaves it as it was.
+        edits: keys of config.json that change; those of an object within it, one by one.
+        tokenizer: a folder whose tokenizer takes the place of the source's.
 
     Returns:
         The names of the files written.
     """
     names = []
-    for file in carried_files(source.path):
+    files = carried_files(source.path)
+    if tokenizer is not None:
+        files = (*(set(files) - set(tokenizer_files(source.path))), *tokenizer_files(tokenizer))
+    for file in sorted(files, key=lambda file: file.name):
         shutil.copyfile(file, out / file.name)
         names.append(file.name)
-    config = written_config(source.config, dtype)
+    config = written_config(edited(source.config, edits or {}), dtype)
     write_text(out / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return [*names, "config.json"]
+
+
+def edited(config: dict[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with some of its keys changed, in objects within it too."""
+    result = dict(config)
+    for key, value in edits.items():
+        inner = result.get(key)
+        result[key] = edited(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result
 
 
 def written_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:

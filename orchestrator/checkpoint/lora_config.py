@@ -6,6 +6,7 @@ off: nothing that an adapter asks for is silently ignored.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,16 +26,13 @@ _HARMLESS = frozenset((
     "fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "init_lora_weights",
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core",
     "loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    "use_dora", "lora_bias", "trainable_token_indices", "target_parameters",
 ))
 # fmt: on
 """Used below, or of no consequence for a trained adapter (which modules were chosen, how it was started)."""
 
 _REFUSED = {
-    "use_dora": "DoRA",
-    "lora_bias": "biases in lora_B (lora_bias)",
     "use_qalora": "QALoRA",
-    "trainable_token_indices": "trained token rows (trainable_token_indices)",
-    "target_parameters": "LoRA on parameters of experts (target_parameters)",
     "layer_replication": "replicated layers (layer_replication)",
     "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
     "arrow_config": "Arrow routing",
@@ -47,6 +45,8 @@ _REFUSED = {
     "kasa_config": "KaSA",
 }
 
+_BIASES = ("none", "all", "lora_only")
+
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """init_lora_weights that leave the base as it was. Others (pissa, olora, corda, loftq, lora_ga) change it, so
 that the adapter alone is not the difference to the original base."""
@@ -54,7 +54,15 @@ that the adapter alone is not the difference to the original base."""
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What a merge needs of adapter_config.json; `base` is the name of the model it was trained on."""
+    """What a merge needs of adapter_config.json.
+
+    Attributes:
+        bias: "none", "all" or "lora_only": which of the base's biases were trained.
+        token_indices: (end of a module's path, row numbers in the order of the saved rows); the path "" stands
+            for whatever module has trained rows.
+        parameters: ends of the paths of parameters (not modules) that have a LoRA: experts.
+        base: the name of the model it was trained on.
+    """
 
     rank: int
     alpha: float
@@ -62,11 +70,16 @@ class LoraConfig:
     alpha_pattern: tuple[tuple[str, float], ...]
     rslora: bool
     fan_in_fan_out: bool
+    dora: bool
+    lora_bias: bool
+    bias: str
     modules_to_save: tuple[str, ...]
+    token_indices: tuple[tuple[str, tuple[int, ...]], ...]
+    parameters: tuple[str, ...]
     base: str
 
     def rank_of(self, module: str) -> int:
-        """The rank that the config gives a module: the first pattern that matches, else `rank`."""
+        """The rank that the config gives a module or parameter: the first pattern that matches, else `rank`."""
         return _first_match(self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str) -> float:
@@ -76,8 +89,17 @@ class LoraConfig:
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def saves(self, module: str) -> bool:
-        """Whether `module` is one of modules_to_save: as PEFT, by the end of its path, letter by letter."""
-        return module.endswith(self.modules_to_save)
+        """Whether `module` is one of modules_to_save or lies in one: as PEFT, by the path's end, letter by letter."""
+        steps = module.split(".")
+        return any(".".join(steps[:end]).endswith(self.modules_to_save) for end in range(1, len(steps) + 1))
+
+    def targets_parameter(self, path: str) -> bool:
+        """Whether `path` is one of target_parameters: as PEFT, whole or by its last names."""
+        return any(path == name or path.endswith(f".{name}") for name in self.parameters)
+
+    def rows_of(self, module: str) -> list[tuple[int, ...]]:
+        """Every list of trained rows that the config gives a module (one, unless its keys overlap)."""
+        return [rows for name, rows in self.token_indices if name in ("", module) or module.endswith(f".{name}")]
 
 
 def _first_match(patterns: tuple[tuple[str, _Value], ...], module: str, default: _Value) -> _Value:
@@ -99,7 +121,12 @@ def parse_lora_config(config: Mapping[str, Any], where: str) -> LoraConfig:
         alpha_pattern=_patterns(config, "alpha_pattern", _number, where),
         rslora=_flag(config, "use_rslora", where),
         fan_in_fan_out=_flag(config, "fan_in_fan_out", where),
-        modules_to_save=_modules_to_save(config.get("modules_to_save"), where),
+        dora=_flag(config, "use_dora", where),
+        lora_bias=_flag(config, "lora_bias", where),
+        bias=_bias(config.get("bias", "none"), where),
+        modules_to_save=_names(config, "modules_to_save", where),
+        token_indices=_token_indices(config.get("trainable_token_indices"), where),
+        parameters=_names(config, "target_parameters", where),
         base=shown(config.get("base_model_name_or_path") or ""),
     )
 
@@ -111,11 +138,6 @@ def _refuse_features(config: Mapping[str, Any], where: str) -> None:
     for key, feature in _REFUSED.items():
         if config.get(key) not in (None, False, {}, []):
             raise CheckpointError(f"{where}: the adapter uses {feature}, which is not merged here", _PEFT)
-    if config.get("bias", "none") != "none":
-        raise CheckpointError(
-            f"{where}: the adapter trained biases (bias={shown(config['bias'], 40)}), which is not merged here",
-            _PEFT,
-        )
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise CheckpointError(
@@ -160,9 +182,31 @@ def _patterns(config: Mapping[str, Any], key: str, check: Any, where: str) -> tu
     return tuple((pattern, check(value, f"{key}.{shown(pattern)}", where)) for pattern, value in given.items())
 
 
-def _modules_to_save(value: object, where: str) -> tuple[str, ...]:
+def _names(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    value = config.get(key)
     if value is None:
         return ()
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise CheckpointError(f"{where}: modules_to_save is no list of names")
+    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+        raise CheckpointError(f"{where}: {key} is no list of names")
     return tuple(value)
+
+
+def _bias(value: object, where: str) -> str:
+    if value not in _BIASES:
+        raise CheckpointError(f"{where}: bias is {shown(value, 40)}, not one of {', '.join(_BIASES)}")
+    return str(value)
+
+
+def _token_indices(value: object, where: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    lists = value if isinstance(value, dict) else {"": value} if value else {}
+    return tuple((name, _row_numbers(name, rows, where)) for name, rows in lists.items())
+
+
+def _row_numbers(name: str, rows: object, where: str) -> tuple[int, ...]:
+    what = f"trainable_token_indices.{shown(name)}" if name else "trainable_token_indices"
+    if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
+        raise CheckpointError(f"{where}: {what} is no list of row numbers")
+    if len(set(rows)) != len(rows):
+        twice = Counter(rows).most_common(1)[0][0]
+        raise CheckpointError(f"{where}: {what} names the row {twice} twice", "Its config was edited: restore it.")
+    return tuple(rows)

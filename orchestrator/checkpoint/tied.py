@@ -1,8 +1,10 @@
-"""The output head and the embedding of a model whose config says that they are one."""
+"""The embedding and the output head of a model, and whether its config says that they are one."""
+
+from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.checkpoint.architectures import Architecture, is_tied, layout_of
+from orchestrator.checkpoint.architectures import is_tied, layout_of, said_tied
 from orchestrator.checkpoint.folder import Checkpoint
 from orchestrator.checkpoint.reader import read_words, row_ranges
 from orchestrator.checkpoint.tensors import TensorInfo
@@ -12,14 +14,46 @@ from orchestrator.errors import CheckpointError
 _STEP = 2**24
 """Bytes compared at a time."""
 
+_PAIRS = (
+    ("model.embed_tokens.weight", "lm_head.weight"),
+    ("model.language_model.embed_tokens.weight", "lm_head.weight"),
+    ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+    ("model.decoder.embed_tokens.weight", "lm_head.weight"),
+    ("transformer.wte.weight", "lm_head.weight"),
+    ("gpt_neox.embed_in.weight", "embed_out.weight"),
+)
+"""(embedding, head) of the architectures that have no row of their own, the first that is stored."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The names of the embedding and the head ("" where a model's are not known), and whether they are one.
+
+    A tied head need not be stored; `head` is then the name that it would have.
+    """
+
+    embedding: str
+    head: str
+    tied: bool
+
+
+def vocabulary_of(base: Checkpoint) -> Vocabulary:
+    """Where a model's tokens go in and come out, by its architecture or else by the names of its tensors."""
+    row = layout_of(base.config)
+    pairs = ((row.embedding, row.head),) if row else _PAIRS
+    embedding, head = next((pair for pair in pairs if pair[0] in base.tensors), ("", ""))
+    # An architecture without a row ties by a default that is not known here: then what is stored tells.
+    silent = row is None and said_tied(base.config) is None
+    tied = bool(embedding) and (head not in base.tensors if silent else is_tied(base.config))
+    return Vocabulary(embedding, head, tied)
+
 
 def tied_pair(base: Checkpoint) -> tuple[TensorInfo, TensorInfo] | None:
     """(head, embedding), where the config ties them and both are stored."""
-    row = layout_of(base.config) or Architecture()
-    head, embedding = base.tensors.get(row.head), base.tensors.get(row.embedding)
-    if not is_tied(base.config) or head is None or embedding is None:
+    names = vocabulary_of(base)
+    if not names.tied or names.head not in base.tensors:
         return None
-    return head, embedding
+    return base.tensors[names.head], base.tensors[names.embedding]
 
 
 def superfluous_head(base: Checkpoint) -> str | None:
@@ -32,7 +66,7 @@ def superfluous_head(base: Checkpoint) -> str | None:
     if pair is None:
         return None
     head, embedding = pair
-    if not head.shares_all(embedding) and not _same_data(head, embedding):
+    if not head.shares_all(embedding) and not same_data(head, embedding):
         raise CheckpointError(
             f"{shown(base.path, 400)}: config.json ties {head.name} to {embedding.name}, but their values differ",
             "If the stored head is right, set tie_word_embeddings to false in config.json; else remove it.",
@@ -40,7 +74,8 @@ def superfluous_head(base: Checkpoint) -> str | None:
     return head.name
 
 
-def _same_data(one: TensorInfo, other: TensorInfo) -> bool:
+def same_data(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors have the same type, shape and bits."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     ranges = row_ranges(one, _STEP)

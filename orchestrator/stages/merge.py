@@ -30,7 +30,7 @@ from orchestrator.checkpoint.tied import tied_pair
 from orchestrator.checkpoint.trust import shown
 from orchestrator.checkpoint.writer import Shard, ShardWriter, plan_shards, write_index, write_text
 from orchestrator.errors import CheckpointError, ConfigError, StageError
-from orchestrator.stages.merge_plan import MergePlan, Output, plan_merge
+from orchestrator.stages.merge_plan import MergePlan, Output, grown, plan_merge
 from orchestrator.stages.pieces import Tally, in_order, keep_memory_flat, pieces, thread_count, work
 
 VERSION = "2"
@@ -56,7 +56,8 @@ class _Job:
     """Everything that a shard's writing needs to know."""
 
     base: Checkpoint
-    outputs: dict[str, Output]
+    plan: MergePlan
+    outputs: dict[str, Output]  # the plan's, by name
     out: Path
     recipe: str
     computes: bool  # whether anything is more than copied
@@ -85,7 +86,7 @@ def merge(
         the adapter tensors used), and `kept`: the shards that an earlier call had finished.
 
     Raises:
-        CheckpointError: inputs that cannot be merged (see `adapter.targets`), NaN or infinite weights, an
+        CheckpointError: inputs that cannot be merged (see `adapter_match.targets`), NaN or infinite weights, an
             overflow of the written dtype, or a merge that changes nothing.
         ConfigError: a dtype that is not on the list.
         StageError: the disk is full (finished shards stay), or the folder holds another model.
@@ -95,7 +96,7 @@ def merge(
     shards = plan_shards(_layout(plan, dtype), shard_size)
     outputs = {output.name: output for output in plan.outputs}
     computes = bool(adapters) or dtype is not None
-    job = _Job(base, outputs, out, _recipe(base, adapters, dtype, shard_size), computes)
+    job = _Job(base, plan, outputs, out, _recipe(base, adapters, dtype, shard_size), computes)
     try:
         _prepare(job, shards)
         records = _write_all(job, shards, progress)
@@ -125,13 +126,14 @@ def merge(
 def merged_size(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], dtype: str | None) -> int:
     """Bytes that the merged weights will take on the disk, headers aside. No data are read, no torch.
 
-    An adapter changes no shapes, so it adds nothing; tied heads are counted as stored, unless they share
-    their storage with the embedding.
+    Tied heads are counted as stored, unless they share their storage with the embedding.
     """
     pair = tied_pair(base)
     skip = pair[0].name if pair and pair[0].shares_all(pair[1]) else None
     infos = (info for info in base.tensors.values() if info.name != skip)
-    return sum(info.parameters * DTYPES[written_dtype(Output(info.name, info), dtype)].size for info in infos)
+    kept = sum(info.parameters * DTYPES[written_dtype(Output(info.name, info), dtype)].size for info in infos)
+    added = grown(base, [adapter for adapter, _ in adapters])
+    return kept + added * DTYPES[WRITTEN.get(dtype or "") or main_dtype(base.tensors.values()) or "F32"].size
 
 
 def _check_dtype(base: Checkpoint, dtype: str | None) -> None:
@@ -150,8 +152,9 @@ def _check_dtype(base: Checkpoint, dtype: str | None) -> None:
 def written_dtype(output: Output, dtype: str | None) -> str:
     """The type that an output is written as, where `dtype` was asked for (None: as the base has it)."""
     info = output.replaced or output.source  # an adapter's own tensors are often float32: the base decides
-    if dtype is None or info.dtype not in PLAIN_FLOATS or output.name.endswith(_NEVER_CAST):
-        return info.dtype
+    kept = output.dtype or info.dtype
+    if dtype is None or kept not in PLAIN_FLOATS or output.name.endswith(_NEVER_CAST):
+        return kept
     return WRITTEN[dtype]
 
 
@@ -195,7 +198,7 @@ def _described(adapter: Adapter, weight: float) -> dict[str, Any]:
 def _carry(job: _Job, shards: list[Shard], dtype: str) -> list[str]:
     """Writes the index and the small files; their names."""
     write_index(job.out, shards)
-    return carry_over(job.base, job.out, dtype)
+    return carry_over(job.base, job.out, dtype, edits=job.plan.config, tokenizer=job.plan.tokenizer)
 
 
 def _forget(job: _Job, shards: list[Shard]) -> None:

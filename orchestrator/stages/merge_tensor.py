@@ -41,9 +41,9 @@ def _tally(piece: Piece, stored: torch.Tensor, square: float, new: torch.Tensor,
     replaced = piece.output.replaced
     if not piece.output.touched:
         return Tally()
+    if piece.output.dtype:  # of another shape than the base's: there is nothing to compare it with
+        return Tally(changed=written.numel())
     if replaced is not None:
-        if replaced.shape != piece.output.source.shape:
-            return Tally(changed=written.numel())  # of another vocabulary: there is nothing to compare it with
         stored = read_rows(replaced, piece.start, piece.stop)
         square = _square(stored.to(new.dtype))
     old = stored.to(new.dtype, copy=True)

@@ -14,7 +14,8 @@ from orchestrator import __version__, embedded
 from orchestrator.artifacts import kept
 from orchestrator.backends.protocol import LoadPlan, Stats
 from orchestrator.backends.table import BACKENDS
-from orchestrator.checkpoint.adapter import open_adapter, targets
+from orchestrator.checkpoint.adapter import open_adapter
+from orchestrator.checkpoint.adapter_match import targets
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
 from orchestrator.config import Config

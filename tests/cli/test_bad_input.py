@@ -160,8 +160,8 @@ def test_an_adapter_that_changes_nothing_is_refused(orchestrator: Orchestrator, 
 
 def test_an_adapter_with_a_feature_that_is_not_merged_is_refused(orchestrator: Orchestrator, base: Path) -> None:
     adapter = adapter_copy(orchestrator.folder)
-    edit_json(adapter / "adapter_config.json", use_dora=True)
-    assert "DoRA" in refused(orchestrator, 2, f"model.path={base}", f"model.adapter={adapter}")
+    edit_json(adapter / "adapter_config.json", use_qalora=True)
+    assert "QALoRA" in refused(orchestrator, 2, f"model.path={base}", f"model.adapter={adapter}")
 
 
 def test_a_model_given_as_an_adapter_is_told(orchestrator: Orchestrator, base: Path) -> None:
