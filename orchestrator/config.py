@@ -54,7 +54,8 @@ class ModelConfig:
 
 @dataclass
 class MergeConfig:
-    base: str = "original"
+    base: str = "original"  # what adapters are added to; nf4: what a QLoRA training saw of it
+    double: bool = False  # with nf4: the training quantized its scales too (bnb_4bit_use_double_quant)
 
 
 @dataclass
@@ -266,6 +267,7 @@ def _check_choices(config: Config) -> Iterator[str]:
         "convert.dtype": DTYPES,
         "quant.method": ("auto", *METHODS),
         "artifacts.action": ("list", "verify", "prune"),
+        "merge.base": ("original", "nf4"),
     }
     for key, allowed in choices.items():
         value = get(config, key)
@@ -346,8 +348,10 @@ def _check_model(config: Config) -> Iterator[str]:
             yield f"the weight {adapter.weight:g} of the adapter {adapter.path} is not a number other than 0"
     if not config.model.merge:
         yield "model.merge=false (an adapter on top of its base) is not run by any backend of this version"
-    if config.merge.base != "original":
-        yield f"merge.base={config.merge.base}: this version merges onto the original base only"
+    if config.merge.double and config.merge.base != "nf4":
+        yield "merge.double belongs to merge.base=nf4"
+    if config.merge.base == "nf4" and config.model.path is not None and not config.model.adapters:
+        yield "merge.base=nf4 is for an adapter that was trained on a 4-bit base, and no model.adapter is set"
     if config.model.revision is not None and config.model.path is None:
         yield "model.revision is set and model.path is not: the embedded model has no revisions"
     for revision in (config.model.revision, *(adapter.revision for adapter in config.model.adapters)):

@@ -8,7 +8,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.artifacts import Artifact, Built, Recipe, Store
 from orchestrator.backends.table import BACKENDS
@@ -23,6 +23,9 @@ from orchestrator.plan.types import Candidate
 from orchestrator.report.console import note, progress, size
 from orchestrator.report.merge import show_merge
 from orchestrator.runfolder import RunFolder
+
+if TYPE_CHECKING:
+    from orchestrator.stages.nf4 import Nf4
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +81,13 @@ def merge_recipe(config: Config, source: Source) -> Recipe | None:
     dtype = config.convert.dtype
     if not source.adapters and source.base.format == "safetensors" and dtype == "auto":
         return None
-    options = {
+    options: dict[str, Any] = {
         "dtype": dtype,
         "shard_size": parse_size(config.convert.shard_size),
         "weights": [weight for _, weight in source.adapters],
     }
+    if config.merge.base == "nf4":
+        options["nf4"] = {"double": config.merge.double}
     sources = (str(source.base.path), *(str(adapter.path) for adapter, _ in source.adapters))
     return Recipe("merge" if source.adapters else "convert", VERSION, options, _inputs(source), sources)
 
@@ -161,8 +166,14 @@ def _verify(config: Config, source: Source, store: Store, artifact: Artifact, ru
             f"{artifact.path} is damaged: {'; '.join(problems)}",
             f"Remove it with task=artifacts artifacts.action=prune artifacts.name={artifact.name} and run it again.",
         )
-    names = verify_merge(source.base, source.adapters, _dtype(config), artifact.path)
+    names = verify_merge(source.base, source.adapters, _dtype(config), artifact.path, _nf4(config))
     note(f"verified: {len(artifact.files)} files by their digests, {len(names)} tensors against their sources")
+
+
+def _nf4(config: Config) -> Nf4 | None:
+    from orchestrator.stages.nf4 import Nf4
+
+    return Nf4(config.merge.double) if config.merge.base == "nf4" else None
 
 
 def _dtype(config: Config) -> str | None:
@@ -180,6 +191,7 @@ def _merge(config: Config, source: Source, recipe: Recipe, out: Path) -> Built:
             dtype=_dtype(config),
             shard_size=recipe.options["shard_size"],
             progress=show,
+            nf4=_nf4(config),
         )
     show_merge(report)
     digests = {shard["name"]: shard["digest"] for shard in report["shards"]}

@@ -19,13 +19,18 @@ def show_merge(report: dict[str, Any]) -> None:
     kinds: dict[str, list[dict[str, Any]]] = {}
     for module in report["modules"]:
         kinds.setdefault(_kind(module["tensor"]), []).append(module)
-    made = table("Merged: |change| / |weights|", "module", "tensors", "least", "median", "most", "elements changed")
+    rounded = report["onto"] != "original"
+    more = ("NF4 rounding",) if rounded else ()
+    title = f"Merged onto {report['onto']}: |change| / |weights|"
+    made = table(title, "module", "tensors", "least", "median", "most", "elements changed", *more)
     for kind, modules in kinds.items():
         changes = [m["relative_change"] for m in modules if m["relative_change"] is not None]
         spread = (min(changes), statistics.median(changes), max(changes)) if changes else ()
         shares = statistics.fmean(m["changed"] for m in modules)
         cells = [f"{change:.2%}" for change in spread] or ["new"] * 3
-        made.add_row(kind, str(len(modules)), *cells, f"{shares:.1%}")
+        lost = [m["nf4_rounding"] for m in modules if "nf4_rounding" in m]
+        last = [f"{statistics.median(lost):.2%}" if lost else "-"] if rounded else []
+        made.add_row(kind, str(len(modules)), *cells, f"{shares:.1%}", *last)
     out.print(made)
     count = sum(adapter["tensors"] for adapter in report["adapters"])
     text = f"{count} adapter tensors, each used once; {report['tensors']} tensors written, all finite"

@@ -31,6 +31,7 @@ from orchestrator.checkpoint.trust import shown
 from orchestrator.checkpoint.writer import Shard, ShardWriter, plan_shards, write_index, write_text
 from orchestrator.errors import CheckpointError, ConfigError, StageError
 from orchestrator.stages.merge_plan import MergePlan, Output, grown, plan_merge
+from orchestrator.stages.nf4 import Nf4, check_available
 from orchestrator.stages.pieces import Tally, in_order, keep_memory_flat, pieces, thread_count, work
 
 VERSION = "2"
@@ -71,6 +72,7 @@ def merge(
     dtype: str | None,
     shard_size: int,
     progress: Progress,
+    nf4: Nf4 | None = None,
 ) -> dict[str, Any]:
     """Writes `base` with the adapters merged into it to the folder `out`, as safetensors.
 
@@ -79,6 +81,7 @@ def merge(
         out: the stage's own folder; one that a killed call left behind is gone on with.
         dtype: "float32", "float16", "bfloat16", or None: every tensor as the base has it.
         shard_size: bytes of data in one file.
+        nf4: adapters are added to the base as a training on NF4 saw it; None: as it is.
 
     Returns:
         JSON-able: what merge-report.json says (base, adapters, dtype, tensors, bytes, shards with digests, dropped,
@@ -91,12 +94,14 @@ def merge(
         ConfigError: a dtype that is not on the list.
         StageError: the disk is full (finished shards stay), or the folder holds another model.
     """
-    plan = plan_merge(base, adapters)
+    if nf4 is not None:
+        check_available()
+    plan = plan_merge(base, adapters, nf4)
     _check_dtype(base, dtype)
     shards = plan_shards(_layout(plan, dtype), shard_size)
     outputs = {output.name: output for output in plan.outputs}
     computes = bool(adapters) or dtype is not None
-    job = _Job(base, plan, outputs, out, _recipe(base, adapters, dtype, shard_size), computes)
+    job = _Job(base, plan, outputs, out, _recipe(base, adapters, dtype, shard_size, nf4), computes)
     try:
         _prepare(job, shards)
         records = _write_all(job, shards, progress)
@@ -107,6 +112,7 @@ def merge(
             "version": VERSION,
             "base": str(base.path),
             "adapters": [_described(adapter, weight) for adapter, weight in adapters],
+            "onto": "original" if nf4 is None else f"nf4{', double' * nf4.double}",
             "dtype": written,
             "tensors": sum(len(shard.tensors) for shard in shards),
             "bytes": sum(shard.file_bytes for shard in shards),
@@ -162,13 +168,20 @@ def _layout(plan: MergePlan, dtype: str | None) -> list[tuple[str, str, tuple[in
     return [(output.name, written_dtype(output, dtype), output.source.shape) for output in plan.outputs]
 
 
-def _recipe(base: Checkpoint, adapters: list[tuple[Adapter, float]], dtype: str | None, shard_size: int) -> str:
+def _recipe(
+    base: Checkpoint,
+    adapters: list[tuple[Adapter, float]],
+    dtype: str | None,
+    shard_size: int,
+    nf4: Nf4 | None,
+) -> str:
     inputs = {
         "version": VERSION,
         "base": fingerprint(base),
         "adapters": [[adapter_fingerprint(adapter), weight] for adapter, weight in adapters],
         "dtype": dtype,
         "shard_size": shard_size,
+        "nf4": nf4 and vars(nf4),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
@@ -256,7 +269,7 @@ def _write_shard(
             "digest": writer.finish(),
             "recipe": job.recipe,
             "modules": [
-                _module(job.outputs[name], tally) for name, tally in tallies.items() if job.outputs[name].touched
+                _module(job.outputs[name], tally) for name, tally in tallies.items() if _told(job.outputs[name])
             ],
         }
     # After the shard: killed between the two, the shard has no record of this recipe and is written again.
@@ -264,15 +277,27 @@ def _write_shard(
     return {**record, "kept": False}
 
 
-def _module(output: Output, tally: Tally) -> dict[str, Any]:
-    """What became of one tensor that an adapter has a part in.
+def _told(output: Output) -> bool:
+    return output.touched or output.nf4 is not None
 
-    `relative_change` is |W' - W| / |W| (Frobenius), before the cast; None for a base of zeros.
-    `changed` is the share of elements whose written value differs from the base's.
+
+def _module(output: Output, tally: Tally) -> dict[str, Any]:
+    """What became of one tensor that an adapter has a part in, or that went through NF4.
+
+    `relative_change` is |change| / |W| (Frobenius) of what the adapters added, before the cast; None where there is
+    nothing to compare with (a base of zeros, or of another shape). `nf4_rounding` is |NF4(W) - W| / |W|: how far a
+    merge onto the original base and this one lie apart. `changed` is the share of elements whose written value
+    differs from the base's.
     """
-    relative = math.sqrt(tally.change / tally.before) if tally.before else None
-    changed = tally.changed / max(output.source.parameters, 1)
-    return {"tensor": output.name, "relative_change": relative, "changed": changed, "used": list(output.used)}
+    told: dict[str, Any] = {
+        "tensor": output.name,
+        "relative_change": math.sqrt(tally.change / tally.before) if tally.before else None,
+        "changed": tally.changed / max(output.source.parameters, 1),
+        "used": list(output.used),
+    }
+    if output.nf4 is not None and tally.before:
+        told["nf4_rounding"] = math.sqrt(tally.rounding / tally.before)
+    return told
 
 
 def _kept(job: _Job, shard: Shard) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from orchestrator.checkpoint.tied import vocabulary_of
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
 from orchestrator.stages.merge_vocabulary import Changes, decide_tie, decide_tokenizer, resized
+from orchestrator.stages.nf4 import Nf4
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Output:
         replaced: the base's tensor, where `source` is an adapter's of the same shape.
         used: the adapters' tensors that go into it.
         dtype: the base's, where `source` is an adapter's of another shape; else "".
+        nf4: how the source goes through NF4 first; None where it does not.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Output:
     replaced: TensorInfo | None = None
     used: tuple[str, ...] = ()
     dtype: str = ""
+    nf4: Nf4 | None = None
 
     @property
     def touched(self) -> bool:
@@ -62,8 +65,11 @@ class MergePlan:
     tokenizer: Path | None = None
 
 
-def plan_merge(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> MergePlan:
+def plan_merge(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], nf4: Nf4 | None = None) -> MergePlan:
     """What merging `adapters`, each with its weight, into `base` will write. Adapters' values are looked at.
+
+    Args:
+        nf4: the base's linears go through it first.
 
     Raises:
         CheckpointError: inputs that cannot be merged (see `adapter_match.targets`), or tensors of theirs that are
@@ -79,7 +85,19 @@ def plan_merge(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> M
     rows = resized(base, {output.name: output.source for output in outputs})
     chosen = decide_tokenizer(base, [adapter for adapter, _ in adapters], changes, rows)
     notes = (*base.notes, *(note for adapter, _ in adapters for note in adapter.notes), *tie.notes, *chosen.notes)
+    if nf4 is not None:
+        outputs = tuple(_through(output, nf4) for output in outputs)
     return MergePlan(outputs, tie.config | chosen.config, tie.dropped, notes, chosen.folder)
+
+
+def _through(output: Output, nf4: Nf4) -> Output:
+    if output.replaced is not None or output.dtype or not nf4.takes(output.source):
+        return output
+    if any(isinstance(target, LoraTarget) and target.transposed for _, target in output.changes):
+        raise CheckpointError(
+            f"{shown(output.name)} is stored as (in, out), which merge.base=nf4 is not for", "Set merge.base=original."
+        )
+    return replace(output, nf4=nf4)
 
 
 def grown(base: Checkpoint, adapters: Iterable[Adapter]) -> int:

@@ -8,9 +8,10 @@ import torch
 
 from orchestrator.checkpoint.bits import all_finite
 from orchestrator.checkpoint.reader import read_rows
-from orchestrator.checkpoint.tensors import DTYPES
+from orchestrator.checkpoint.tensors import DTYPES, TensorInfo
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
+from orchestrator.stages.nf4 import as_trained
 from orchestrator.stages.pieces import Piece, Tally, Worked, check_finite
 
 _F16_MAX = 65504.0
@@ -23,33 +24,43 @@ def one_thread() -> None:
 
 def computed(piece: Piece) -> Worked:
     """The rows with the adapters' changes, cast to what is written (see `pieces.work`)."""
-    source = piece.output.source
+    source, nf4 = piece.output.source, piece.output.nf4
     stored = read_rows(source, piece.start, piece.stop)
     compute = torch.float64 if source.dtype == "F64" else torch.float32
     new = stored.to(compute, copy=True)
     square = _square(new)
     if not math.isfinite(square):
         check_finite(piece, _words(stored))
+    rounding = 0.0
+    if nf4 is not None:
+        old, new = new, as_trained(stored, nf4)
+        rounding = _square(new - old)
+    change = piece.change.square(piece.start, piece.stop) if piece.change is not None else 0.0
+    before = new.clone() if change is None else None
     if piece.change is not None:
         new = piece.change.apply(new, piece.start)
+    if before is not None:
+        change = _square(new - before)
     written = new.to(getattr(torch, DTYPES[piece.dtype].torch))
     _check_range(piece, new, written)
-    return Worked(piece, _words(written), _tally(piece, stored, square, new, written))
-
-
-def _tally(piece: Piece, stored: torch.Tensor, square: float, new: torch.Tensor, written: torch.Tensor) -> Tally:
-    replaced = piece.output.replaced
-    if not piece.output.touched:
-        return Tally()
     if piece.output.dtype:  # of another shape than the base's: there is nothing to compare it with
-        return Tally(changed=written.numel())
-    if replaced is not None:
-        stored = read_rows(replaced, piece.start, piece.stop)
-        square = _square(stored.to(new.dtype))
-    old = stored.to(new.dtype, copy=True)
-    before = stored if stored.dtype == written.dtype else old.to(written.dtype, copy=True)
-    changed = int(np.count_nonzero(_words(before) != _words(written)))
-    return Tally(square, _square(torch.sub(new, old, out=old)), changed)
+        tally = Tally(changed=written.numel())
+    elif piece.output.replaced is not None:
+        tally = _replaced(piece, piece.output.replaced, new, written)
+    else:
+        tally = Tally(square, change or 0.0, rounding, _differing(stored, written))
+    return Worked(piece, _words(written), tally)
+
+
+def _replaced(piece: Piece, base: TensorInfo, new: torch.Tensor, written: torch.Tensor) -> Tally:
+    stored = read_rows(base, piece.start, piece.stop)
+    old = stored.to(new.dtype)
+    return Tally(_square(old), _square(new - old), 0.0, _differing(stored, written))
+
+
+def _differing(stored: torch.Tensor, written: torch.Tensor) -> int:
+    """How many elements are written otherwise than they are stored."""
+    return int(np.count_nonzero(_words(stored.to(written.dtype)) != _words(written)))
 
 
 def _square(rows: torch.Tensor) -> float:

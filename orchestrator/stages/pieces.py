@@ -49,14 +49,27 @@ class Piece:
 
 @dataclass(frozen=True)
 class Tally:
-    """What an adapter did to some rows: sums of squares before and of the change, elements written otherwise."""
+    """What was done to some rows.
+
+    Attributes:
+        before: sum of squares of the base's values.
+        change: the same of what the adapters changed.
+        rounding: the same of what going through NF4 changed.
+        changed: elements that are written otherwise than the base has them.
+    """
 
     before: float = 0.0
     change: float = 0.0
+    rounding: float = 0.0
     changed: int = 0
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(self.before + other.before, self.change + other.change, self.changed + other.changed)
+        return Tally(
+            self.before + other.before,
+            self.change + other.change,
+            self.rounding + other.rounding,
+            self.changed + other.changed,
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,9 @@ def pieces(outputs: Iterable[tuple[Output, str]]) -> Iterator[Piece]:
     """The pieces of outputs, each with the type that it is written as, in order."""
     for output, dtype in outputs:
         change = _change(output)
-        limit = PIECE_BYTES if change is None or not change.whole else max(output.source.nbytes, 1)
+        whole = change is not None and change.whole
+        whole = whole or (output.nf4 is not None and output.nf4.needs_whole(output.source))
+        limit = max(output.source.nbytes, 1) if whole else PIECE_BYTES
         for start, stop in row_ranges(output.source, limit):
             yield Piece(output, dtype, start, stop, change)
 
@@ -92,11 +107,12 @@ def work(piece: Piece) -> Worked:
         CheckpointError: NaN or infinite values in the source or in the result, or values beyond the written
             type's range.
     """
-    if piece.output.touched or piece.dtype != piece.output.source.dtype:
+    output = piece.output
+    if output.touched or output.nf4 is not None or piece.dtype != output.source.dtype:
         from orchestrator.stages.merge_tensor import computed
 
         return computed(piece)
-    words = read_words(piece.output.source, piece.start, piece.stop)
+    words = read_words(output.source, piece.start, piece.stop)
     check_finite(piece, words)
     return Worked(piece, words, Tally())
 

@@ -16,6 +16,7 @@ from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import StageError
 from orchestrator.stages.merge import written_dtype
 from orchestrator.stages.merge_plan import Output, plan_merge
+from orchestrator.stages.nf4 import Nf4
 from orchestrator.stages.pieces import Piece, pieces, work
 
 SAMPLE = 64
@@ -23,7 +24,7 @@ SAMPLE = 64
 
 
 def verify_merge(
-    base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], dtype: str | None, result: Path
+    base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], dtype: str | None, result: Path, nf4: Nf4 | None = None
 ) -> list[str]:
     """The names of the tensors compared: the first, the middle and the last piece of each.
 
@@ -31,7 +32,7 @@ def verify_merge(
         StageError: the result has other tensors, or one with other bytes (named).
         CheckpointError: the result or the sources cannot be read.
     """
-    plan = plan_merge(base, adapters)
+    plan = plan_merge(base, adapters, nf4)
     found = open_checkpoint(result).tensors
     wanted = {output.name: (written_dtype(output, dtype), output.source.shape) for output in plan.outputs}
     there = {name: (info.dtype, info.shape) for name, info in found.items()}
