@@ -125,7 +125,16 @@ def _on_host(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: list[Unit], c
     kv = sum(part.kv_per_token for part in parts) * context * ask.max_in_flight
     scratch = scratch_bytes(spec, ask, context)
     host = DeviceBytes("cpu", weights, kv, scratch, HOST_RUNTIME["cpu"], hardware.host_available)
-    return Candidate.of(ask, context, (), host, device_map={"": "cpu"}, weights={"cpu": weights})
+    reasons = _broken_rows(spec, ask)
+    return Candidate.of(ask, context, (), host, reasons, device_map={"": "cpu"}, weights={"cpu": weights})
+
+
+def _broken_rows(spec: ModelSpec, ask: Ask) -> tuple[str, ...]:
+    """bitsandbytes 0.50.2 on a CPU: rows that are no whole number of blocks come back with other values."""
+    broken = (t.name for t in spec.tensors if t.role == "linear" and t.shape[-1] % QUANT_BLOCK)
+    if ask.method not in ("nf4", "fp4") or (name := next(broken, None)) is None:
+        return ()
+    return (f"bitsandbytes computes wrongly on a CPU where rows are no multiple of {QUANT_BLOCK} long, as in {name}",)
 
 
 def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: list[Unit], context: int) -> Candidate:

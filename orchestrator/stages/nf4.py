@@ -54,7 +54,11 @@ def check_available() -> None:
 def as_trained(rows: torch.Tensor, nf4: Nf4) -> torch.Tensor:
     """`rows` (out, in) in the type that they are stored in, quantized to NF4 and back, as float32."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from torch.nn.functional import pad
 
-    packed, state = quantize_4bit(rows.contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=nf4.double)
+    # Block by block: for rows that are no whole number of blocks, bitsandbytes 0.50 on a CPU gives other values back
+    # than on a GPU, where the training was. Zeros that fill the last block change no scale.
+    blocks = pad(rows.reshape(-1), (0, -rows.numel() % BLOCK)).view(-1, BLOCK)
+    packed, state = quantize_4bit(blocks, blocksize=BLOCK, quant_type="nf4", compress_statistics=nf4.double)
     restored: torch.Tensor = dequantize_4bit(packed, state)
-    return restored.float()
+    return restored.reshape(-1)[: rows.numel()].view(rows.shape).float()

@@ -11,24 +11,30 @@ from orchestrator.checkpoint.adapter import open_adapter
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.stages import pieces
 from orchestrator.stages.merge import merge
-from orchestrator.stages.nf4 import Nf4
+from orchestrator.stages.nf4 import Nf4, as_trained
 from orchestrator.stages.verify import verify_merge
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
+# The 16 values of NF4, from table E of the QLoRA paper's appendix (arXiv:2305.14314).
+NF4_LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 TOKENS = [[3, 17, 4, 1, 5, 9, 2, 6, 53, 5, 8, 97, 9, 32]]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Llama in float32; rows of 192 are three blocks of 64, rows of 80 share their blocks."""
+    """A small Llama in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base")
-    sizes = {"hidden_size": 192, "intermediate_size": 80, "num_hidden_layers": 2, "vocab_size": 128}
+    sizes = {"hidden_size": 192, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128}
     config = LlamaConfig(**sizes, num_attention_heads=3, num_key_value_heads=3, initializer_range=0.2)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
@@ -88,3 +94,19 @@ def test_it_is_what_was_trained(base: Path, tmp_path: Path, double: bool, monkey
         n for n in modules if "k_proj" in n or "o_proj" in n or "up_proj" in n
     ]
     verify_merge(opened, adapters, None, tmp_path / "nf4", Nf4(double))
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 80), (3, 50)])
+def test_blocks_run_on_over_the_ends_of_rows(shape: tuple[int, int], double: bool) -> None:
+    """As on a GPU: 64 values in row-major order share a scale, whatever the rows are."""
+    torch.manual_seed(0)
+    rows = torch.randn(shape)
+    found = as_trained(rows, Nf4(double)).reshape(-1)
+    assert found.shape == (rows.numel(),)
+    levels = torch.tensor(NF4_LEVELS)
+    for start in range(0, rows.numel(), 64):
+        block = rows.reshape(-1)[start : start + 64]
+        scale = block.abs().max()
+        nearest = levels[(block[:, None] / scale - levels).abs().argmin(dim=1)] * scale
+        torch.testing.assert_close(found[start : start + 64], nearest, rtol=0.02 if double else 1e-5, atol=1e-6)

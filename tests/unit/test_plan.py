@@ -451,3 +451,18 @@ def test_every_backend_has_a_known_method_and_a_memory_model() -> None:
     for backend in BACKENDS.values():
         assert set(backend.methods) <= set(METHODS)
         assert set(backend.speed) == set(backend.methods)
+
+
+def test_rows_that_bitsandbytes_computes_wrongly_on_a_cpu_are_refused_there(specs: dict[Llama, ModelSpec]) -> None:
+    spec = next(iter(specs.values()))
+    odd = tuple(
+        replace(tensor, shape=(tensor.shape[0], 80)) if "down_proj" in tensor.name else tensor
+        for tensor in spec.tensors
+    )
+    asked = ("backend=bitsandbytes", "quant.bits=4")
+    assert best(spec, cpu(), *asked).fits
+    candidate = best(replace(spec, tensors=odd), cpu(), *asked)
+    assert not candidate.fits
+    assert "no multiple of 64 long, as in model.layers.0.mlp.down_proj.weight" in candidate.reasons[0]
+    assert best(replace(spec, tensors=odd), cards(1), *asked).fits
+    assert best(replace(spec, tensors=odd), cpu(), "backend=bitsandbytes", "quant.bits=8").fits
