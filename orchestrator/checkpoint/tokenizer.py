@@ -1,11 +1,12 @@
 """A folder's tokenizer: which files it is, and how many tokens it knows. It is never run."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint.folder import carried_files
-from orchestrator.checkpoint.trust import read_object, shown
+from orchestrator.checkpoint.trust import JSON_LIMIT, read_bytes, read_object, shown
 from orchestrator.errors import CheckpointError
 
 _FILES = (
@@ -33,6 +34,20 @@ def tokenizer_files(path: Path) -> tuple[Path, ...]:
 def has_tokenizer(path: Path) -> bool:
     """Whether a folder holds a tokenizer, not only settings of one."""
     return any(file.name in _WHOLE or file.name.endswith(_WHOLE_ENDS) for file in tokenizer_files(path))
+
+
+def chat_template(path: Path) -> str | None:
+    """A folder's chat template as text: chat_template.jinja, or what tokenizer_config.json says; None without one.
+
+    Raises:
+        CheckpointError: a file that is damaged.
+    """
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return read_bytes(file, JSON_LIMIT).decode("utf-8", "replace")
+    settings = path / "tokenizer_config.json"
+    found = read_object(settings).get("chat_template") if settings.is_file() else None
+    return None if found is None else found if isinstance(found, str) else json.dumps(found, sort_keys=True)
 
 
 def token_count(path: Path) -> int | None:

@@ -11,7 +11,7 @@ from orchestrator.checkpoint.architectures import text_config
 from orchestrator.checkpoint.folder import Checkpoint
 from orchestrator.checkpoint.tensors import TensorInfo
 from orchestrator.checkpoint.tied import same_data, superfluous_head, vocabulary_of
-from orchestrator.checkpoint.tokenizer import has_tokenizer, token_count
+from orchestrator.checkpoint.tokenizer import chat_template, has_tokenizer, token_count
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
 
@@ -150,6 +150,8 @@ def resized(base: Checkpoint, written: Mapping[str, TensorInfo]) -> int | None:
 def decide_tokenizer(base: Checkpoint, adapters: Sequence[Adapter], changes: Changes, rows: int | None) -> Tokenizer:
     """The tokenizer that fits the vocabulary: the adapter's where it resized that or trained rows of it.
 
+    Elsewhere too where it has a chat template that the base has not: that is what it was trained with.
+
     Raises:
         CheckpointError: a tokenizer with more tokens than the embedding has rows.
     """
@@ -158,7 +160,7 @@ def decide_tokenizer(base: Checkpoint, adapters: Sequence[Adapter], changes: Cha
     trained = {name for target in several if rows or isinstance(target, RowsTarget) for name in target.consumed}
     owners = [adapter for adapter in adapters if trained & set(adapter.tensors)]
     if not owners:
-        return Tokenizer()
+        return _template_of(base, adapters)
     folders = [adapter.path for adapter in owners if has_tokenizer(adapter.path)]
     folder = folders[0] if folders else base.path
     count, there = token_count(folder), rows or base.tensors[names.embedding].shape[0]
@@ -174,3 +176,23 @@ def decide_tokenizer(base: Checkpoint, adapters: Sequence[Adapter], changes: Cha
     elif rows:
         notes.append("the adapter has no tokenizer of its own: the base's is kept")
     return Tokenizer(folders[0] if folders else None, config, tuple(notes))
+
+
+def _template_of(base: Checkpoint, adapters: Sequence[Adapter]) -> Tokenizer:
+    """The tokenizer of the first adapter that was trained with another chat template than the base's."""
+    known = chat_template(base.path)
+    trained = [adapter for adapter in adapters if chat_template(adapter.path) not in (None, known)]
+    if not trained:
+        return Tokenizer()
+    folder, rows = trained[0].path, base.tensors.get(vocabulary_of(base).embedding)
+    where, other = shown(folder, 400), "another one" if known else "none"
+    if not has_tokenizer(folder):
+        hint = "the base's tokenizer is kept (model.chat_template=FILE takes a template)"
+        return Tokenizer(notes=(f"{where} has a chat template and no tokenizer, the base has {other}: {hint}",))
+    count = token_count(folder)
+    if count is not None and rows is not None and count > rows.shape[0]:
+        raise CheckpointError(
+            f"{where}: its tokenizer has {count} tokens, the embedding has {rows.shape[0]} rows",
+            "Save the adapter with the embedding that it was trained with (save_embedding_layers=True).",
+        )
+    return Tokenizer(folder, notes=(f"tokenizer and chat template are the adapter's ({where}); the base has {other}",))

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import small_models
 
+from tests.checkpoints import write_model
+
 ROOT = Path(__file__).parents[2]
 ENGINES = {"torch", "transformers", "bitsandbytes", "accelerate", "tokenizers", "safetensors", "huggingface_hub"}
 SCRIPT = """
@@ -52,4 +54,12 @@ def test_a_plan_loads_no_engine(tmp_path: Path, hardware: str) -> None:
 def test_a_checkpoint_that_is_refused_loads_no_engine(tmp_path: Path) -> None:
     code, modules = modules_after(tmp_path, f"model.path={tmp_path}", "prompts.text=hi")
     assert code == 2
+    assert not modules & ENGINES
+
+
+def test_a_plain_conversion_moves_bytes_without_torch(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", kind="bin", shards=2)
+    argv = ("task=convert", f"model.path={model}", f"paths.artifacts={tmp_path / 'store'}", "convert.verify=true")
+    code, modules = modules_after(tmp_path, *argv)
+    assert code == 0
     assert not modules & ENGINES

@@ -434,6 +434,33 @@ def test_a_tokenizer_that_is_damaged_is_named(tmp_path, grown, content, fault):
     refused(lambda: run(base, [lora], tmp_path / "out"), str(lora), fault)
 
 
+@pytest.mark.parametrize("kept_in", ["chat_template.jinja", "tokenizer_config.json"])
+@pytest.mark.parametrize("known", [None, "other", "same"])
+def test_a_chat_template_that_was_trained_with_comes_with_its_tokenizer(tmp_path, kept_in, known):
+    base, lora = write_model(tmp_path / "base"), write_adapter(tmp_path / "lora")
+    for folder, text in ((base, {"other": "{{ 1 }}", "same": "{{ 2 }}"}.get(known)), (lora, "{{ 2 }}")):
+        tokenizer(folder, 60)
+        if text and kept_in == "chat_template.jinja":
+            (folder / kept_in).write_text(text)
+        elif text:
+            write_json(folder / kept_in, {"chat_template": text, "of": str(folder)})
+    report = run(base, [lora], tmp_path / "out")
+    owner = base if known == "same" else lora
+    for name in {"tokenizer.json", "tokenizer_config.json", kept_in}:
+        assert (tmp_path / "out" / name).read_bytes() == (owner / name).read_bytes()
+    assert any("tokenizer and chat template are the adapter's" in note for note in report["notes"]) == (owner is lora)
+
+
+def test_a_chat_template_without_a_fitting_tokenizer_is_told(tmp_path):
+    base, lora = write_model(tmp_path / "base"), write_adapter(tmp_path / "lora")
+    (lora / "chat_template.jinja").write_text("{{ 2 }}")
+    report = run(base, [lora], tmp_path / "out")
+    assert any("no tokenizer, the base has none" in note for note in report["notes"])
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+    tokenizer(lora, 70)
+    refused(lambda: run(base, [lora], tmp_path / "no"), "70 tokens", "64 rows")
+
+
 def test_trained_rows_come_with_the_adapter_s_tokenizer(tmp_path, grown):
     base, _ = grown
     lora = special(tmp_path / "rows", "rows")
