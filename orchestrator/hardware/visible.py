@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 NAME = "CUDA_VISIBLE_DEVICES"
 _NUMBER = re.compile(r"\+?\d+")  # CUDA reads a number as far as it goes: "1st" is 1
@@ -50,36 +51,42 @@ def _listed(cards: Sequence[Card], value: str) -> tuple[list[Place], tuple[str, 
     if not value.strip():
         return [], (f"{NAME} is empty and hides every GPU",)
     entries = [entry.strip() for entry in value.split(",")]
-    # The first entry says what all are: numbers, UUIDs of GPUs, or of MIG instances.
+    # The first entry says what all are: numbers, UUIDs of GPUs, or of MIG instances. Another kind ends the list.
     kind = next((prefix for prefix in ("GPU-", "MIG-") if entries[0].startswith(prefix)), "")
-    found: list[Place] = []
-    for entry in entries:
-        place = _find(cards, entry, kind)
-        if place is None:
-            return found, (f"{NAME}={value}: there is no {entry or 'empty name'}, which hides it and all that follow",)
-        if place in found:
-            return [], (f"{NAME}={value} names a GPU twice, which hides every GPU",)
-        found.append(place)
+    keys = list(takewhile(lambda key: key is not None, (_key(entry, kind) for entry in entries)))
+    places = list(takewhile(lambda place: place is not None, (_find(cards, key, kind) for key in keys)))
+    found = [place for place in places if place is not None]
+    if len(set(keys)) < len(keys) or len(set(found)) < len(found):
+        return [], (f"{NAME}={value} names a GPU twice, which hides every GPU",)
+    if len(found) < len(entries):
+        wrong = entries[len(found)] or "empty name"
+        return found, (f"{NAME}={value}: there is no {wrong}, which hides it and all that follow",)
     return found, ()
 
 
-def _find(cards: Sequence[Card], entry: str, kind: str) -> Place | None:
-    if not kind:
-        number = _NUMBER.match(entry)
-        return _whole(cards, int(number[0])) if number else None
-    if not entry.startswith(kind):
-        return None
-    # The beginning of a UUID is enough where it is the beginning of one only.
+def _key(entry: str, kind: str) -> str | int | None:
+    """A number, or the beginning of a UUID; None for what is not of this kind."""
+    if kind:
+        return entry if entry.startswith(kind) else None
+    number = _NUMBER.match(entry)
+    return int(number[0]) if number else None
+
+
+def _find(cards: Sequence[Card], key: str | int | None, kind: str) -> Place | None:
+    """The place of a number or of a UUID, whose beginning is enough where it is the beginning of one only."""
+    if not isinstance(key, str):
+        return None if key is None else _whole(cards, key)
+    found: list[Place | None]
     if kind == "MIG-":
         found = [
             Place(i, j)
             for i, card in enumerate(cards)
             for j, uuid in enumerate(card.instances or ())
-            if uuid.startswith(entry)
+            if uuid.startswith(key)
         ]
-        return found[0] if len(found) == 1 else None
-    named = [i for i, card in enumerate(cards) if card.uuid.startswith(entry)]
-    return _whole(cards, named[0]) if len(named) == 1 else None
+    else:
+        found = [_whole(cards, i) for i, card in enumerate(cards) if card.uuid.startswith(key)]
+    return found[0] if len(found) == 1 else None
 
 
 def _whole(cards: Sequence[Card], index: int) -> Place | None:

@@ -162,6 +162,8 @@ SPLIT = (Card("GPU-aaaa-1"), Card("GPU-bbbb-1", ("MIG-x1", "MIG-y1")), Card("GPU
         ("NoDevFiles", [], "there is no NoDevFiles"),
         ("0,0", [], "names a GPU twice"),
         ("1,0,1,2", [], "names a GPU twice"),
+        ("0,7,0", [], "names a GPU twice"),  # also after what is not there, as PyTorch counts too
+        ("0,-1,0", [0], "there is no -1"),
         ("GPU-aaaa-1", [0], ""),
         ("GPU-a", [0], ""),
         ("GPU-bbc,GPU-bbb", [2, 1], ""),

@@ -41,6 +41,8 @@ def refusal(*argv: str) -> str:
         ("backend=bitsandbites", "bitsandbytes"),
         ("hardware=4x24", "4x24gb"),
         ("hardware=2x24GB", "2x24gb"),
+        ("hardware=3x24gb", "hardware=1x24gb hardware.cards=3"),
+        ("hardware=3x20GB", "hardware=1x24gb hardware.cards=3 hardware.memory_gib=20"),
         ("quant=nf5", "nf4"),
         ("task=convrt", "convert"),
         ("model=/data/x", "model.path=/data/x"),
