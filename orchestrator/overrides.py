@@ -100,10 +100,11 @@ def _override(argument: str, conf: Path, multirun: bool, own_groups: bool) -> st
         raise ConfigError(f"{argument!r} is not KEY=VALUE", _what_was_meant(argument, groups))
     group = key.partition("@")[0]
     if group in groups:
-        if value not in groups[group] and not (own_groups or (multirun and "," in value)):
-            raise ConfigError(
-                f"{argument}: {group} is one of {', '.join(groups[group])}", _choice(group, value, groups)
-            )
+        for choice in _choices(value, multirun):
+            if choice not in groups[group] and not own_groups:
+                raise ConfigError(
+                    f"{argument}: {group} is one of {', '.join(groups[group])}", _choice(group, choice, groups)
+                )
         return argument
     _check_key(key, head)
     if key not in VERBATIM:
@@ -113,6 +114,13 @@ def _override(argument: str, conf: Path, multirun: bool, own_groups: bool) -> st
     if multirun and key not in TEXTS and not Path(os.path.expanduser(value)).exists():
         return argument  # several paths to sweep over
     return f"{head}={_quoted(key, value)}"
+
+
+def _choices(value: str, multirun: bool) -> list[str]:
+    """The choices that a value names: several in a sweep, none that can be told in Hydra's choice(...), glob(...)."""
+    if not multirun:
+        return [value]
+    return [] if "(" in value else [choice.strip() for choice in value.split(",")]
 
 
 def _check_key(key: str, head: str) -> None:

@@ -94,7 +94,7 @@ def capped_host(total: int, available: int, config: HardwareConfig) -> tuple[int
 
 def check_reserve(config: HardwareConfig, what: str, total: int) -> None:
     """Refuses a reserve that leaves nothing of a device."""
-    if _reserve(config) >= total:
+    if config.reserve_gib and _reserve(config) >= total:
         raise ConfigError(
             f"hardware.reserve_gib={config.reserve_gib:g} leaves nothing: {what} has {total / GIB:.2f} GiB in all"
         )

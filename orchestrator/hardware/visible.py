@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 NAME = "CUDA_VISIBLE_DEVICES"
-_NUMBER = re.compile(r"\+?\d+")  # CUDA reads a number as far as it goes: "1st" is 1
+_NUMBER = re.compile(r"\+?[0-9]{1,9}")  # CUDA reads a number as far as it goes: "1st" is 1
 
 
 @dataclass(frozen=True)

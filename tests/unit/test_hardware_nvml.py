@@ -164,6 +164,7 @@ SPLIT = (Card("GPU-aaaa-1"), Card("GPU-bbbb-1", ("MIG-x1", "MIG-y1")), Card("GPU
         ("1,0,1,2", [], "names a GPU twice"),
         ("0,7,0", [], "names a GPU twice"),  # also after what is not there, as PyTorch counts too
         ("0,-1,0", [0], "there is no -1"),
+        pytest.param("9" * 5000, [], "there is no 999", id="a number of 5000 digits"),
         ("GPU-aaaa-1", [0], ""),
         ("GPU-a", [0], ""),
         ("GPU-bbc,GPU-bbb", [2, 1], ""),
@@ -377,3 +378,12 @@ def test_where_every_gpu_fails_the_cpu_is_planned_for(monkeypatch: pytest.Monkey
     gpus, notes = nvml_gpus()
     assert gpus == ()
     assert notes[0].endswith(": planned for the CPU")
+
+
+def test_what_is_asked_of_pynvml_is_in_it() -> None:
+    """The fake has what the code asks for: so must the real one."""
+    asked = set(re.findall(r"\bnvml\.(\w+)", Path(ours.__file__).read_text())) | set(ours.MEANINGS)
+    assert len(asked) > 15
+    assert {name for name in asked if not hasattr(pynvml, name)} == set()
+    assert {"domain", "bus", "device"} <= {name for name, _ in pynvml.nvmlPciInfo_t._fields_}
+    assert {"total", "free", "used"} <= {name for name, _ in pynvml.c_nvmlMemory_v2_t._fields_}

@@ -65,6 +65,13 @@ def test_what_resembles_nothing_is_refused_with_a_way_to_all_keys(typed: str) ->
     assert "--help" in refusal(typed)
 
 
+def test_each_choice_of_a_sweep_is_checked() -> None:
+    message = refusal("-m", "hardware=4x24gb,4x23gb")
+    assert "8x80gb" in message
+    assert "hardware=1x24gb hardware.cards=4 hardware.memory_gib=23" in message
+    prepare(["-m", "hardware=4x24gb, 1x24gb", "quant=choice(nf4,int8)"], CONF)
+
+
 def test_an_unknown_choice_lists_the_choices() -> None:
     message = refusal("backend=llamacpp")
     assert all(name in message for name in ("auto", "bitsandbytes", "transformers"))
