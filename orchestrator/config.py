@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from orchestrator.backends.table import BACKENDS, METHODS, backends_with_key
 from orchestrator.errors import ConfigError
 
+MEMORY_GIB = (0.1, 4096.0)  # that a GPU, or a host, can be capped to
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -101,8 +102,9 @@ class HardwareConfig:
     profile: str = "auto"
     cards: int | None = None  # a profile's number of cards
     gpus: list[int] | None = None  # indexes of the machine's GPUs to use
-    memory_gib: float | None = None  # cap on each GPU, or on the host where there is none
+    memory_gib: Any = None  # cap on each GPU, or on the host where there is none: one number, or a list of one per GPU
     reserve_gib: float = 0.0  # of each GPU, or of the host where there is none, to leave free
+    capability: float | None = None  # compute capability (8.6) of a profile's cards; of the machine's own at most
 
 
 @dataclass
@@ -283,8 +285,9 @@ def _check_numbers(config: Config) -> Iterator[str]:
         "generation.temperature": (0, 10, "0 (greedy) to 10"),
         "generation.top_p": (1e-6, 1, "above 0, up to 1"),
         "generation.seed": (0, 2**63 - 1, "0 or more"),
-        "hardware.memory_gib": (0.1, 4096, "0.1 to 4096 GiB"),
         "hardware.reserve_gib": (0, 4096, "0 to 4096 GiB"),
+        "hardware.capability": (3, 20, "such as 7.5 (T4) or 8.6 (RTX 3090)"),
+        "hardware.cards": (1, 1024, "1 to 1024"),
         "run.in_flight": (1, 1024, "1 to 1024 prompts"),
         "parallel.tensor": (1, 1024, "at least 1 rank"),
         "parallel.pipeline": (1, 1024, "at least 1 stage"),
@@ -336,8 +339,32 @@ def _check_hardware(config: Config) -> Iterator[str]:
         yield "hardware.cards belongs to a named profile: hardware=4x24gb (hardware.gpus=[0,1] chooses GPUs)"
     if hardware.gpus is not None and len(set(hardware.gpus)) < len(hardware.gpus):
         yield f"hardware.gpus={hardware.gpus} names a GPU twice"
-    if hardware.cards is not None and not 1 <= hardware.cards <= 1024:
-        yield f"hardware.cards={hardware.cards} is out of range: 1 to 1024"
+    if hardware.gpus == []:
+        yield "hardware.gpus=[] names no GPU; hardware=cpu runs without one"
+    if hardware.profile == "cpu" and (hardware.gpus or hardware.capability is not None):
+        key = "hardware.gpus" if hardware.gpus else "hardware.capability"
+        yield f"{key} is set, and hardware=cpu runs without a GPU: leave one of them out"
+    if hardware.capability is not None and round(hardware.capability, 1) != hardware.capability:
+        yield f"hardware.capability={hardware.capability:g} has one digit after the point, such as 8.6"
+
+
+def _check_memory(config: Config) -> Iterator[str]:
+    value, reserve = config.hardware.memory_gib, config.hardware.reserve_gib
+    if value is None:
+        return
+    sizes = value if isinstance(value, list) else [value]
+    if not sizes or not all(_is_number(size) and MEMORY_GIB[0] <= size <= MEMORY_GIB[1] for size in sizes):
+        low, high = MEMORY_GIB
+        yield (
+            f"hardware.memory_gib={value} is out of range: {low:g} to {high:g} GiB, one number, or one for each GPU "
+            "('hardware.memory_gib=[24,16]')"
+        )
+    elif reserve >= min(sizes):
+        yield f"hardware.reserve_gib={reserve:g} leaves nothing of hardware.memory_gib={min(sizes):g}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_model(config: Config) -> Iterator[str]:
@@ -387,6 +414,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     _check_numbers,
     _check_engine_keys,
     _check_hardware,
+    _check_memory,
     _check_model,
     _check_prompts,
     _check_server,

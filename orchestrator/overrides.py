@@ -80,7 +80,12 @@ def _check_flag(argument: str, conf: Path) -> None:
 
 def _groups(conf: Path) -> dict[str, list[str]]:
     """The configuration's groups and what each can be."""
-    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in conf.iterdir() if d.is_dir()}
+    return {d.name: sorted((f.stem for f in d.glob("*.yaml")), key=_by_number) for d in conf.iterdir() if d.is_dir()}
+
+
+def _by_number(name: str) -> list[str | int]:
+    """To sort by: 1x8gb before 1x12gb."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _override(argument: str, conf: Path, multirun: bool, own_groups: bool) -> str:
@@ -95,10 +100,11 @@ def _override(argument: str, conf: Path, multirun: bool, own_groups: bool) -> st
         raise ConfigError(f"{argument!r} is not KEY=VALUE", _what_was_meant(argument, groups))
     group = key.partition("@")[0]
     if group in groups:
-        if value not in groups[group] and not (own_groups or (multirun and "," in value)):
-            raise ConfigError(
-                f"{argument}: {group} is one of {', '.join(groups[group])}", _choice(group, value, groups)
-            )
+        for choice in _choices(value, multirun):
+            if choice not in groups[group] and not own_groups:
+                raise ConfigError(
+                    f"{argument}: {group} is one of {', '.join(groups[group])}", _choice(group, choice, groups)
+                )
         return argument
     _check_key(key, head)
     if key not in VERBATIM:
@@ -108,6 +114,13 @@ def _override(argument: str, conf: Path, multirun: bool, own_groups: bool) -> st
     if multirun and key not in TEXTS and not Path(os.path.expanduser(value)).exists():
         return argument  # several paths to sweep over
     return f"{head}={_quoted(key, value)}"
+
+
+def _choices(value: str, multirun: bool) -> list[str]:
+    """The choices that a value names: several in a sweep, none that can be told in Hydra's choice(...), glob(...)."""
+    if not multirun:
+        return [value]
+    return [] if "(" in value else [choice.strip() for choice in value.split(",")]
 
 
 def _check_key(key: str, head: str) -> None:
@@ -120,7 +133,17 @@ def _check_key(key: str, head: str) -> None:
 def _choice(group: str, value: str, groups: dict[str, list[str]]) -> str:
     if group == "model" or "/" in value:
         return f"A folder is given as {group}.path={value}."
+    cards = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)gb?", value.lower()) if group == "hardware" else None
+    if cards and value.lower() not in groups[group]:
+        return f"{did_you_mean(value, groups[group])} {_other_cards(cards[1], cards[2], groups[group])}".strip()
     return did_you_mean(value, groups[group])
+
+
+def _other_cards(count: str, gb: str, profiles: list[str]) -> str:
+    """How cards that no profile has are asked for: by another count, or by another size."""
+    if f"1x{gb}gb" in profiles:
+        return f"For {count} such cards: hardware=1x{gb}gb hardware.cards={count}."
+    return f"For cards of {gb} GB: hardware=1x24gb hardware.cards={count} hardware.memory_gib={gb}."
 
 
 def _what_was_meant(argument: str, groups: dict[str, list[str]]) -> str:

@@ -12,7 +12,7 @@ from orchestrator.checkpoint.spec import ModelSpec
 from orchestrator.config import ENGINE_KEYS, Config, get
 from orchestrator.engine.interpreters import interpreter, require
 from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError, OrchestratorError
-from orchestrator.hardware import Hardware
+from orchestrator.hardware import BF16, Hardware
 from orchestrator.plan.types import Ask, Candidate, Plan
 
 GIB = 2**30
@@ -43,7 +43,8 @@ def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
         raise ConfigError(_nothing_matches(config))
     candidates = [_estimate(config, spec, hardware, ask) for ask in asks]
     candidates.sort(key=lambda c: _rank(c, _goal(config, spec)))
-    return Plan(candidates[0], tuple(candidates), (*spec.notes, *hardware.notes))
+    notes = (*spec.notes, *hardware.notes, *_dtype_notes(config, candidates[0], hardware))
+    return Plan(candidates[0], tuple(candidates), notes, hardware)
 
 
 def must_fit(plan: Plan, config: Config, spec: ModelSpec, hardware: Hardware) -> None:
@@ -186,7 +187,20 @@ def _dtype(config: Config, backend: Backend, method: str, bits: float, hardware:
         return asked
     if not hardware.gpus:
         return "bfloat16" if method == "none" else "float32"
-    return "bfloat16" if all(gpu.capability >= (8, 0) for gpu in hardware.gpus) else "float16"
+    return "bfloat16" if all(gpu.capability >= BF16 for gpu in hardware.gpus) else "float16"
+
+
+def _dtype_notes(config: Config, chosen: Candidate, hardware: Hardware) -> Iterator[str]:
+    """Where the card decides the dtype, or has none of what was asked for."""
+    without = [gpu for gpu in hardware.gpus if gpu.capability < BF16]
+    if not without or BACKENDS[chosen.backend].dtypes:
+        return  # an engine of one dtype has it on every card
+    gpu = without[0]
+    card = f"GPU {gpu.index} ({gpu.name}, compute capability {gpu.capability_text}) has no bf16"
+    if config.model.dtype == "auto" and chosen.dtype == "float16":
+        yield f"{card}: float16"
+    elif chosen.dtype == "bfloat16":
+        yield f"{card}: model.dtype=bfloat16 is slow there, or refused by the engine; model.dtype=float16 is not"
 
 
 def _estimate(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.hardware import Hardware
+
 
 @dataclass(frozen=True)
 class DeviceBytes:
@@ -157,10 +159,12 @@ class Plan:
     chosen: Candidate
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...] = ()
+    hardware: Hardware | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             **self.chosen.to_json(),
             "notes": list(self.notes),
+            "hardware": self.hardware.to_json() if self.hardware is not None else None,
             "candidates": [candidate.to_json() for candidate in self.candidates],
         }

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.backends.table import METHODS
 from orchestrator.checkpoint.spec import ModelSpec
-from orchestrator.hardware import Hardware
+from orchestrator.hardware import MIB, Hardware, Holder
 from orchestrator.plan.types import Candidate, Plan
 from orchestrator.report.console import size
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+WORTH_SAYING = 256 * MIB  # held on a GPU by nobody that can be named: less is the driver's bookkeeping
 
 
 def table(title: str, *columns: str, left: int = 1, folded: tuple[str, ...] = ()) -> Table:
@@ -56,6 +58,24 @@ def hardware_line(hardware: Hardware) -> str:
         return f"no GPU; {host}"
     counted = Counter(f"{gpu.name} with {size(gpu.free)} free" for gpu in hardware.gpus)
     return f"{', '.join(f'{count} x {gpu}' for gpu, count in counted.items())}; {host}"
+
+
+def held_lines(hardware: Hardware) -> list[str]:
+    """What is not free on each GPU, and by whom: "GPU 0: 3.10 GiB held by python (pid 4242)"."""
+    lines = []
+    for gpu in hardware.gpus:
+        said = [f"{'' if h.held is None else size(h.held)} held by {_holder(h)}".strip() for h in gpu.held_by]
+        unseen = gpu.held - sum(holder.held or 0 for holder in gpu.held_by)
+        if unseen >= WORTH_SAYING and all(holder.held is not None for holder in gpu.held_by):
+            said.append(f"{size(unseen)} held by processes that cannot be seen from here")
+        if said:
+            lines.append(f"GPU {gpu.index}: {', '.join(said)}")
+    return lines
+
+
+def _holder(holder: Holder) -> str:
+    ours = ", ours" if holder.ours else ""
+    return f"{holder.name} (pid {holder.pid}{ours})" if holder.name else f"pid {holder.pid}{ours}"
 
 
 def plan_table(candidate: Candidate) -> Table:

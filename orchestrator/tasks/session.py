@@ -18,7 +18,7 @@ from orchestrator.checkpoint.adapter import open_adapter
 from orchestrator.checkpoint.adapter_match import targets
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
-from orchestrator.config import Config
+from orchestrator.config import Config, folder
 from orchestrator.engine.handle import EngineProcess
 from orchestrator.engine.wire import Ready
 from orchestrator.errors import RequestError
@@ -28,7 +28,7 @@ from orchestrator.pipeline import Model, Source, is_built, prepare, versions
 from orchestrator.plan.planner import make_plan, must_fit, runnable, why
 from orchestrator.plan.types import Candidate, Plan
 from orchestrator.report.console import console, note
-from orchestrator.report.tables import hardware_line, model_line, plan_table
+from orchestrator.report.tables import hardware_line, held_lines, model_line, plan_table
 from orchestrator.runfolder import RunFolder
 from orchestrator.tokenizer import Tokenizer, check_tokenizer
 
@@ -105,7 +105,7 @@ def look(config: Config, *, planning: bool, download: bool = True) -> Planned:
     spec = model_spec(source.base)
     if not planning:
         check_tokenizer(source.base.path)
-    hardware = detect(config.hardware, planning=planning)
+    hardware = detect(config.hardware, planning=planning, artifacts=folder(config.paths.artifacts))
     plan = make_plan(config, spec, hardware)
     if config is not asked:
         plan = replace(plan, notes=(*plan.notes, EMBEDDED_NOTE))
@@ -153,7 +153,8 @@ def show_plan(planned: Planned, chosen: Candidate) -> None:
     for line in planned.plan.notes:
         note(f"note: {line}")
     note(model_line(planned.source.label, planned.spec, len(planned.source.adapters)))
-    note(hardware_line(planned.hardware))
+    for line in (hardware_line(planned.hardware), *held_lines(planned.hardware)):
+        note(line)
     out.print(plan_table(chosen))
     if chosen.fits:
         note(f"chosen: {chosen.label}: {why(chosen, planned.plan, planned.config)}")

@@ -41,6 +41,8 @@ def refusal(*argv: str) -> str:
         ("backend=bitsandbites", "bitsandbytes"),
         ("hardware=4x24", "4x24gb"),
         ("hardware=2x24GB", "2x24gb"),
+        ("hardware=3x24gb", "hardware=1x24gb hardware.cards=3"),
+        ("hardware=3x20GB", "hardware=1x24gb hardware.cards=3 hardware.memory_gib=20"),
         ("quant=nf5", "nf4"),
         ("task=convrt", "convert"),
         ("model=/data/x", "model.path=/data/x"),
@@ -61,6 +63,13 @@ def test_a_mistake_is_answered_with_what_was_meant(typed: str, suggested: str) -
 @pytest.mark.parametrize("typed", ["zzzzz=1", "qqq", "xyzzy.plugh=3"])
 def test_what_resembles_nothing_is_refused_with_a_way_to_all_keys(typed: str) -> None:
     assert "--help" in refusal(typed)
+
+
+def test_each_choice_of_a_sweep_is_checked() -> None:
+    message = refusal("-m", "hardware=4x24gb,4x23gb")
+    assert "8x80gb" in message
+    assert "hardware=1x24gb hardware.cards=4 hardware.memory_gib=23" in message
+    prepare(["-m", "hardware=4x24gb, 1x24gb", "quant=choice(nf4,int8)"], CONF)
 
 
 def test_an_unknown_choice_lists_the_choices() -> None:

@@ -207,6 +207,24 @@ def test_the_dtype_follows_the_card(specs: dict[Llama, ModelSpec], capability: t
 
 
 @pytest.mark.parametrize(
+    ("capability", "argv", "said"),
+    [
+        ((7, 5), [], "GPU 0 (card, compute capability 7.5) has no bf16: float16"),
+        ((7, 5), ["model.dtype=bfloat16"], "model.dtype=bfloat16 is slow there"),
+        ((7, 5), ["model.dtype=float16"], ""),
+        ((7, 5), ["backend=exllamav2"], ""),  # float16 on every card
+        ((8, 0), [], ""),
+    ],
+)
+def test_a_card_without_bf16_is_said(
+    specs: dict[Llama, ModelSpec], capability: tuple[int, int], argv: list[str], said: str
+) -> None:
+    notes = " ".join(make_plan(composed(*argv), specs[SMALL], cards(1, capability=capability)).notes)
+    assert said in notes
+    assert ("bf16" in notes) == bool(said)
+
+
+@pytest.mark.parametrize(
     "argv", [["quant.bits=5"], ["backend=transformers", "quant.bits=4"], ["quant.bits=16", "model.dtype=float32"]]
 )
 def test_what_no_engine_has_is_refused_with_what_they_have(specs: dict[Llama, ModelSpec], argv: list[str]) -> None:
@@ -221,10 +239,11 @@ def test_the_plan_as_json_has_the_documented_fields(specs: dict[Llama, ModelSpec
     plan = make_plan(composed(), specs[SMALL], cards(1)).to_json()
     documented = {
         *("fits", "reasons", "backend", "method", "bits", "tensor_parallel", "pipeline_parallel", "gpu_split"),
-        *("max_context", "gpus", "host", "candidates"),
+        *("max_context", "gpus", "host"),
     }
-    assert documented <= set(plan)
-    assert documented - {"candidates"} <= set(plan["candidates"][0])
+    assert documented | {"hardware", "notes", "candidates"} <= set(plan)
+    assert documented <= set(plan["candidates"][0])
+    assert plan["hardware"] == cards(1).to_json()
     assert {"weights", "kv_cache", "scratch", "total", "capacity"} <= set(plan["gpus"][0]) & set(plan["host"])
 
 

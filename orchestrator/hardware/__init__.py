@@ -1,0 +1,56 @@
+"""What the machine has, or what a profile says it has: GPUs, host memory, room on the disk. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator.config import HardwareConfig
+from orchestrator.hardware.host import cpu_count, disk_room, host_memory
+from orchestrator.hardware.nvml import nvml_gpus
+from orchestrator.hardware.profile import capped_gpus, capped_host, chosen_gpus, profile_gpus
+from orchestrator.hardware.types import BF16, DRIVER_KEEPS, GIB, MIB, Disk, Gpu, Hardware, Holder
+
+__all__ = [
+    "BF16",
+    "DRIVER_KEEPS",
+    "GIB",
+    "MIB",
+    "Disk",
+    "Gpu",
+    "Hardware",
+    "Holder",
+    "detect",
+    "host_memory",
+    "nvml_gpus",
+    "profile_gpus",
+]
+
+
+def detect(config: HardwareConfig, *, planning: bool, artifacts: Path | None = None) -> Hardware:
+    """The hardware that the request is for.
+
+    Args:
+        config: the `hardware` section.
+        planning: a profile stands for the machine; otherwise it caps the machine's own GPUs.
+        artifacts: the folder whose disk is looked at.
+
+    Raises:
+        ConfigError: GPUs asked for that are not there, or caps that contradict what is.
+        EngineUnavailableError: a real run asks for more GPUs than there are.
+    """
+    host_total, host_available = host_memory()
+    notes: tuple[str, ...] = ()
+    if config.cards is not None and planning:
+        gpus = profile_gpus(config)
+        notes = (f"planned for the profile {config.profile}, not for this machine",)
+        host_available = host_total  # what runs here now says nothing about that machine
+    else:
+        found, notes = nvml_gpus() if config.profile != "cpu" else ((), ())
+        gpus = chosen_gpus(found, config, notes)
+        if gpus:
+            gpus, more = capped_gpus(gpus, config)
+        else:  # then the host is what the caps are about
+            host_available, more = capped_host(host_total, host_available, config)
+        notes += more
+    disk = disk_room(artifacts) if artifacts is not None else None
+    return Hardware(config.profile, gpus, host_total, host_available, cpu_count(), notes, disk)
