@@ -60,6 +60,8 @@ class Hub:
         self.silent = threading.Event()  # one has
         self.closing = threading.Event()
         self.status: int | None = None  # what everything is answered with
+        self.whole = False  # ranges are ignored
+        self.faults: dict[str, str] = {}  # by file name: what is wrong with each answer that holds a part of it
         self.url = ""
 
     def add(self, name: str, folder: Path, **options: Any) -> Repo:
@@ -177,28 +179,76 @@ class _Handler(BaseHTTPRequestHandler):
                 X_Linked_Size=str(repo.sibling(file)["size"]),
                 X_Linked_ETag=f'"{repo.sha256(file)}"',
             )
+        elif "Range" in self.headers:
+            self._body(repo.files[file])
         else:
             self._send(
                 200, repo.files[file].read_bytes(), ETag=f'"{git_id(repo.files[file])}"', X_Repo_Commit=repo.commit
             )
 
     def _body(self, file: Path) -> None:
-        data = file.read_bytes()
-        start = int(found[1]) if (found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))) else 0
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(len(data) - start))
+        size = file.stat().st_size
+        start, stop, ranged = self._range(size)
+        fault = self.hub.faults.get(file.name, "") if ranged else ""
+        if fault:
+            self._faulty(file, start, stop, size, fault)
+            return
+        self.send_response(206 if ranged else 200)
+        if ranged:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
+        self.send_header("Content-Length", str(stop - start))
         self.send_header("Accept-Ranges", "bytes")
         self.end_headers()
         if self.command != "GET":
             return
         cut, stall = self.hub.cut.pop(file.name, None), self.hub.stall.pop(file.name, None)
-        part = data[start : cut or stall or None]
-        self.request_seen.sent = len(part)
-        self.wfile.write(part)
+        self._copy(file, start, stop if cut is None and stall is None else min(stop, start + (cut or stall or 0)))
         if stall is not None:
             self.hub.silent.set()
             self.hub.closing.wait(60)
         if cut is not None or stall is not None:
             self.close_connection = True
+
+    def _range(self, size: int) -> tuple[int, int, bool]:
+        found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if found is None or self.hub.whole:
+            return 0, size, False
+        return int(found[1]), min(int(found[2] or size - 1) + 1, size), True
+
+    def _copy(self, file: Path, start: int, stop: int) -> None:
+        """Sends a part of a file; whoever asked may hang up."""
+        with file.open("rb") as data:
+            data.seek(start)
+            try:
+                while start < stop and (part := data.read(min(2**16, stop - start))):
+                    self.wfile.write(part)
+                    self.request_seen.sent += len(part)
+                    start += len(part)
+            except ConnectionError:
+                self.close_connection = True
+
+    def _faulty(self, file: Path, start: int, stop: int, size: int, fault: str) -> None:
+        """An answer that is wrong in one way; the connection ends with it."""
+        self.close_connection = True
+        said = {"elsewhere": f"bytes {start + 1}-{stop}/{size}", "nonsense": "bytes"}
+        said["another file"] = f"bytes {start}-{stop - 1}/{size + 1}"
+        length = {"longer": stop - start + 1, "shorter": stop - start - 1}.get(fault, stop - start)
+        self.send_response(416 if fault == "not there" else 206)
+        self.send_header("Content-Range", said.get(fault, f"bytes {start}-{stop - 1}/{size}"))
+        if fault == "compressed":
+            self.send_header("Content-Encoding", "gzip")
+        if fault != "endless":  # without a length it goes on until one of the two hangs up
+            self.send_header("Content-Length", str(length))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        try:
+            if fault in ("slow", "silent"):
+                self.wfile.write(b"\x10")
+                while fault == "slow" and not self.hub.closing.wait(0.01):
+                    self.wfile.write(b"\0")
+                self.hub.closing.wait(60)
+            for _ in range(2**14 if fault == "endless" else 1):
+                self.wfile.write((b"\xff" if fault == "garbage" else b"\0") * length)
+                self.request_seen.sent += length
+        except ConnectionError:
+            pass
