@@ -43,9 +43,12 @@ class Repo:
 
     def sibling(self, name: str) -> dict[str, Any]:
         size = self.sizes.get(name, self.files[name].stat().st_size)
-        found: dict[str, Any] = {"rfilename": name, "size": size, "blobId": git_id(self.files[name])}
+        found: dict[str, Any] = {"rfilename": name, "size": size}
         if name.endswith(LARGE):
+            found["blobId"] = "0" * 40  # of a pointer
             found["lfs"] = {"size": size, "sha256": self.sha256(name), "pointerSize": 134}
+        else:
+            found["blobId"] = git_id(self.files[name])
         return found
 
 
@@ -55,8 +58,8 @@ class Hub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
-        self.cut: dict[str, int] = {}  # by file name: the next GET of it ends after so many bytes
-        self.stall: dict[str, int] = {}  # by file name: the next GET of it falls silent after so many bytes
+        self.cut: dict[str, int] = {}  # by file name: the next download of it ends after so many bytes
+        self.stall: dict[str, int] = {}  # by file name: the next download of it falls silent after so many bytes
         self.silent = threading.Event()  # one has
         self.closing = threading.Event()
         self.status: int | None = None  # what everything is answered with
@@ -70,17 +73,25 @@ class Hub:
         return self.repos[name]
 
     def fetched(self) -> dict[str, int]:
-        """Bytes sent by file name, of the files that were asked for."""
+        """Bytes sent by file name, of the large files that were asked for."""
         found: dict[str, int] = {}
         for request in self.requests:
-            if request.method == "GET" and request.sent and not request.path.startswith("/api/"):
-                name = request.path.rpartition("/")[2]
+            name = request.path.rpartition("/")[2]
+            if request.method == "GET" and request.sent and name.endswith(LARGE):
                 found[name] = found.get(name, 0) + request.sent
         return found
 
     def ranges(self, name: str) -> list[str]:
-        """The Range headers that came for a file."""
-        return [r.headers["range"] for r in self.requests if r.path.endswith(f"/{name}") and "range" in r.headers]
+        """The Range headers that came for a file with a download that goes on: they have no end."""
+        return [found for found in self._ranges(name) if found.endswith("-")]
+
+    def parts(self, name: str) -> list[str]:
+        """The Range headers of who wanted a part of a file; not those that were sent elsewhere for it."""
+        return [found for found in self._ranges(name, "/cdn/") if not found.endswith("-")]
+
+    def _ranges(self, name: str, under: str = "/") -> list[str]:
+        mine = [r for r in self.requests if r.path.startswith(under) and r.path.endswith(f"/{name}")]
+        return [r.headers["range"] for r in mine if "range" in r.headers]
 
 
 def git_id(file: Path) -> str:
@@ -114,10 +125,13 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        self._answer()
+        self.do_GET()
 
     def do_GET(self) -> None:
-        self._answer()
+        try:
+            self._answer()
+        except ConnectionError:  # whoever asked has hung up
+            self.close_connection = True
 
     def _answer(self) -> None:
         path = unquote(self.path.partition("?")[0])
@@ -201,6 +215,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "GET":
             return
+        if ranged and stop < size:  # a part, no download
+            self._copy(file, start, stop)
+            return
         cut, stall = self.hub.cut.pop(file.name, None), self.hub.stall.pop(file.name, None)
         self._copy(file, start, stop if cut is None and stall is None else min(stop, start + (cut or stall or 0)))
         if stall is not None:
@@ -216,20 +233,20 @@ class _Handler(BaseHTTPRequestHandler):
         return int(found[1]), min(int(found[2] or size - 1) + 1, size), True
 
     def _copy(self, file: Path, start: int, stop: int) -> None:
-        """Sends a part of a file; whoever asked may hang up."""
+        """Sends a part of a file."""
         with file.open("rb") as data:
             data.seek(start)
-            try:
-                while start < stop and (part := data.read(min(2**16, stop - start))):
-                    self.wfile.write(part)
-                    self.request_seen.sent += len(part)
-                    start += len(part)
-            except ConnectionError:
-                self.close_connection = True
+            while start < stop and (part := data.read(min(2**16, stop - start))):
+                self.wfile.write(part)
+                self.request_seen.sent += len(part)
+                start += len(part)
 
     def _faulty(self, file: Path, start: int, stop: int, size: int, fault: str) -> None:
         """An answer that is wrong in one way; the connection ends with it."""
         self.close_connection = True
+        if fault == "hangs up once":
+            del self.hub.faults[file.name]
+            return
         said = {"elsewhere": f"bytes {start + 1}-{stop}/{size}", "nonsense": "bytes"}
         said["another file"] = f"bytes {start}-{stop - 1}/{size + 1}"
         length = {"longer": stop - start + 1, "shorter": stop - start - 1}.get(fault, stop - start)
@@ -241,14 +258,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(length))
         self.send_header("Connection", "close")
         self.end_headers()
-        try:
-            if fault in ("slow", "silent"):
-                self.wfile.write(b"\x10")
-                while fault == "slow" and not self.hub.closing.wait(0.01):
-                    self.wfile.write(b"\0")
-                self.hub.closing.wait(60)
-            for _ in range(2**14 if fault == "endless" else 1):
-                self.wfile.write((b"\xff" if fault == "garbage" else b"\0") * length)
-                self.request_seen.sent += length
-        except ConnectionError:
-            pass
+        if fault in ("slow", "silent"):
+            self.wfile.write(b"\x10")
+            while fault == "slow" and not self.hub.closing.wait(0.01):
+                self.wfile.write(b"\0")
+            self.hub.closing.wait(60)
+        for _ in range(2**14 if fault == "endless" else 1):
+            self.wfile.write((b"\xff" if fault == "garbage" else b"\0") * length)
+            self.request_seen.sent += length
