@@ -78,8 +78,9 @@ class Ranges:
         where = f"{constants.ENDPOINT} answered wrongly for {self.commit.hub}: {shown(file.name)}"
         deadline = time.monotonic() + PATIENCE_S + (stop - start) / SLOWEST
         with _answer(url, {**self._headers, **asked}, deadline) as response:
-            if response.headers.get("Content-Encoding", "identity") != "identity":
-                raise OrchestratorError(f"{where}: encoded as {shown(response.headers['Content-Encoding'], 40)}")
+            encoding = response.headers.get("Content-Encoding", "identity")
+            if encoding.lower() != "identity":
+                raise OrchestratorError(f"{where}: encoded as {shown(encoding, 40)}")
             if response.status_code == 206:
                 _check_range(response, file, start, stop, where)
                 return _body(response, 0, stop - start, deadline, where, ends=True)
