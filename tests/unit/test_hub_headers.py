@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 import time
 from collections.abc import Iterator
@@ -16,11 +17,13 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from orchestrator.checkpoint.adapter import open_adapter
+from orchestrator.checkpoint.files import Opened
 from orchestrator.checkpoint.folder import Checkpoint, open_checkpoint
+from orchestrator.checkpoint.headers import READERS, read_header
 from orchestrator.checkpoint.reader import read_words
 from orchestrator.checkpoint.spec import model_spec
 from orchestrator.errors import CheckpointError, OrchestratorError
-from orchestrator.hub import ranges
+from orchestrator.hub import headers, ranges
 from orchestrator.hub.headers import RemoteStream, remote_adapter, remote_checkpoint
 from orchestrator.hub.locate import ADAPTER, MODEL, NoPartsError, locate
 
@@ -194,6 +197,13 @@ def test_a_connection_that_is_lost_once_costs_nothing(hub: Hub, tmp_path: Path) 
     assert hub.parts("model.safetensors") == ["bytes=0-65535"] * 2
 
 
+def test_redirects_end(hub: Hub, tmp_path: Path) -> None:
+    hub.add(ID, small_models.write_noise(tmp_path / "repo", SHAPE))
+    hub.circling = True
+    with pytest.raises(OrchestratorError, match="redirects without end"):
+        opened()
+
+
 def test_a_header_of_4_gib_is_refused_before_it_is_read(hub: Hub, tmp_path: Path) -> None:
     folder = small_models.write_noise(tmp_path / "repo", SHAPE)
     with (folder / "model.safetensors").open("r+b") as file:
@@ -241,3 +251,50 @@ def test_a_stream_reads_as_a_file_does(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="Invalid"):
             stream.seek(-1)
     assert asked[:3] == [(0, 65536), (65536, 70_011), (70_011, 140_022)]
+
+
+@pytest.mark.parametrize("name", ["zip.bin", "legacy.bin", "a.safetensors"])
+def test_damaged_files_are_refused_or_read_as_local_ones_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(headers, "BLOCK", 256)  # so that a small file takes many requests
+    monkeypatch.setattr(headers, "SHORT", 32)
+    tensors = {f"layer.{number}.weight": torch.zeros(5, 7) for number in range(6)}
+    file = tmp_path / name
+    checkpoints.save(file, tensors)
+    if name == "legacy.bin":
+        torch.save(tensors, file, _use_new_zipfile_serialization=False)
+    whole, chance = file.read_bytes(), random.Random(5)
+    both = 0
+    for number in range(300):
+        data = damaged(whole, chance) if number else whole
+        file.write_bytes(data)
+        local, remote = outcome(file, None), outcome(file, data)
+        # Where a remote storage begins is believed: it is looked at when it is here.
+        assert remote == local or (local is None and name.endswith(".bin"))
+        both += local is not None
+    assert 0 < both < 300
+
+
+def damaged(data: bytes, chance: random.Random) -> bytes:
+    """Cut, or with a few other bytes, mostly where headers and directories are."""
+    if chance.random() < 0.15:
+        return data[: chance.randrange(len(data))]
+    changed = bytearray(data)
+    for _ in range(chance.randrange(1, 4)):
+        at = chance.choice([chance.randrange(len(data)), chance.randrange(900), -1 - chance.randrange(900)])
+        changed[at % len(data)] = chance.randrange(256)
+    return bytes(changed)
+
+
+def outcome(file: Path, sent: bytes | None) -> list[object] | None:
+    """What a file's header says, without where its data lie; of a file here, or of one that is sent in parts."""
+    try:
+        if sent is None:
+            found = read_header(file)
+        else:
+            stream = RemoteStream(len(sent), lambda start, stop: sent[start:stop])
+            found = READERS[file.suffix](Opened(stream, len(sent), file, remote=True))
+    except CheckpointError:
+        return None
+    return [found.digest, *((t.name, t.dtype, t.shape, t.strides, t.nbytes) for t in found.tensors)]
