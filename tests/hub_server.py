@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,9 +44,12 @@ class Repo:
 
     def sibling(self, name: str) -> dict[str, Any]:
         size = self.sizes.get(name, self.files[name].stat().st_size)
-        found: dict[str, Any] = {"rfilename": name, "size": size, "blobId": git_id(self.files[name])}
+        found: dict[str, Any] = {"rfilename": name, "size": size}
         if name.endswith(LARGE):
+            found["blobId"] = "0" * 40  # of a pointer
             found["lfs"] = {"size": size, "sha256": self.sha256(name), "pointerSize": 134}
+        else:
+            found["blobId"] = git_id(self.files[name])
         return found
 
 
@@ -55,11 +59,14 @@ class Hub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
-        self.cut: dict[str, int] = {}  # by file name: the next GET of it ends after so many bytes
-        self.stall: dict[str, int] = {}  # by file name: the next GET of it falls silent after so many bytes
+        self.cut: dict[str, int] = {}  # by file name: the next download of it ends after so many bytes
+        self.stall: dict[str, int] = {}  # by file name: the next download of it falls silent after so many bytes
         self.silent = threading.Event()  # one has
         self.closing = threading.Event()
         self.status: int | None = None  # what everything is answered with
+        self.whole = False  # ranges are ignored
+        self.circling = False  # every large file is sent for to where it was asked for
+        self.faults: dict[str, str] = {}  # by file name: what is wrong with each answer that holds a part of it
         self.url = ""
 
     def add(self, name: str, folder: Path, **options: Any) -> Repo:
@@ -68,17 +75,25 @@ class Hub:
         return self.repos[name]
 
     def fetched(self) -> dict[str, int]:
-        """Bytes sent by file name, of the files that were asked for."""
+        """Bytes sent by file name, of the large files that were asked for."""
         found: dict[str, int] = {}
         for request in self.requests:
-            if request.method == "GET" and request.sent and not request.path.startswith("/api/"):
-                name = request.path.rpartition("/")[2]
+            name = request.path.rpartition("/")[2]
+            if request.method == "GET" and request.sent and name.endswith(LARGE):
                 found[name] = found.get(name, 0) + request.sent
         return found
 
     def ranges(self, name: str) -> list[str]:
-        """The Range headers that came for a file."""
-        return [r.headers["range"] for r in self.requests if r.path.endswith(f"/{name}") and "range" in r.headers]
+        """The Range headers that came for a file with a download that goes on: they have no end."""
+        return [found for found in self._ranges(name) if found.endswith("-")]
+
+    def parts(self, name: str) -> list[str]:
+        """The Range headers of who wanted a part of a file; not those that were sent elsewhere for it."""
+        return [found for found in self._ranges(name, "/cdn/") if not found.endswith("-")]
+
+    def _ranges(self, name: str, under: str = "/") -> list[str]:
+        mine = [r for r in self.requests if r.path.startswith(under) and r.path.endswith(f"/{name}")]
+        return [r.headers["range"] for r in mine if "range" in r.headers]
 
 
 def git_id(file: Path) -> str:
@@ -86,12 +101,21 @@ def git_id(file: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64  # one that comes while five wait would be made to wait a second
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Who hangs up between two requests is no error of the server's."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def serving(port: int = 0) -> Iterator[Hub]:
     """A hub that answers until the block ends."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": hub}))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
@@ -112,10 +136,13 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        self._answer()
+        self.do_GET()
 
     def do_GET(self) -> None:
-        self._answer()
+        try:
+            self._answer()
+        except ConnectionError:  # whoever asked has hung up
+            self.close_connection = True
 
     def _answer(self) -> None:
         path = unquote(self.path.partition("?")[0])
@@ -168,6 +195,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(403 if token else 401, b"", X_Error_Code="GatedRepo")
         elif file not in repo.files:
             self._send(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=repo.commit)
+        elif file.endswith(LARGE) and self.hub.circling:
+            self._send(302, b"x" * 2**22, Location=self.path)
         elif file.endswith(LARGE):  # to another host, which has no business with the token
             self._send(
                 302,
@@ -177,28 +206,76 @@ class _Handler(BaseHTTPRequestHandler):
                 X_Linked_Size=str(repo.sibling(file)["size"]),
                 X_Linked_ETag=f'"{repo.sha256(file)}"',
             )
+        elif "Range" in self.headers:
+            self._body(repo.files[file])
         else:
             self._send(
                 200, repo.files[file].read_bytes(), ETag=f'"{git_id(repo.files[file])}"', X_Repo_Commit=repo.commit
             )
 
     def _body(self, file: Path) -> None:
-        data = file.read_bytes()
-        start = int(found[1]) if (found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))) else 0
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(len(data) - start))
+        size = file.stat().st_size
+        start, stop, ranged = self._range(size)
+        fault = self.hub.faults.get(file.name, "") if ranged else ""
+        if fault:
+            self._faulty(file, start, stop, size, fault)
+            return
+        self.send_response(206 if ranged else 200)
+        if ranged:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
+        self.send_header("Content-Length", str(stop - start))
         self.send_header("Accept-Ranges", "bytes")
         self.end_headers()
         if self.command != "GET":
             return
+        if ranged and stop < size:  # a part, no download
+            self._copy(file, start, stop)
+            return
         cut, stall = self.hub.cut.pop(file.name, None), self.hub.stall.pop(file.name, None)
-        part = data[start : cut or stall or None]
-        self.request_seen.sent = len(part)
-        self.wfile.write(part)
+        self._copy(file, start, stop if cut is None and stall is None else min(stop, start + (cut or stall or 0)))
         if stall is not None:
             self.hub.silent.set()
             self.hub.closing.wait(60)
         if cut is not None or stall is not None:
             self.close_connection = True
+
+    def _range(self, size: int) -> tuple[int, int, bool]:
+        found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if found is None or self.hub.whole:
+            return 0, size, False
+        return int(found[1]), min(int(found[2] or size - 1) + 1, size), True
+
+    def _copy(self, file: Path, start: int, stop: int) -> None:
+        """Sends a part of a file."""
+        with file.open("rb") as data:
+            data.seek(start)
+            while start < stop and (part := data.read(min(2**16, stop - start))):
+                self.wfile.write(part)
+                self.request_seen.sent += len(part)
+                start += len(part)
+
+    def _faulty(self, file: Path, start: int, stop: int, size: int, fault: str) -> None:
+        """An answer that is wrong in one way; the connection ends with it."""
+        self.close_connection = True
+        if fault == "hangs up once":
+            del self.hub.faults[file.name]
+            return
+        said = {"elsewhere": f"bytes {start + 1}-{stop}/{size}", "nonsense": "bytes"}
+        said["another file"] = f"bytes {start}-{stop - 1}/{size + 1}"
+        length = {"longer": stop - start + 1, "shorter": stop - start - 1}.get(fault, stop - start)
+        self.send_response(416 if fault == "not there" else 206)
+        self.send_header("Content-Range", said.get(fault, f"bytes {start}-{stop - 1}/{size}"))
+        if fault == "compressed":
+            self.send_header("Content-Encoding", "gzip")
+        if fault != "endless":  # without a length it goes on until one of the two hangs up
+            self.send_header("Content-Length", str(length))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        if fault in ("slow", "silent"):
+            self.wfile.write(b"\x10")
+            while fault == "slow" and not self.hub.closing.wait(0.01):
+                self.wfile.write(b"\0")
+            self.hub.closing.wait(60)
+        for _ in range(2**14 if fault == "endless" else 1):
+            self.wfile.write((b"\xff" if fault == "garbage" else b"\0") * length)
+            self.request_seen.sent += length

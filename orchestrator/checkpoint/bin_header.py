@@ -2,14 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import IO
 
 from orchestrator.checkpoint.bin_legacy import is_legacy, read_legacy
 from orchestrator.checkpoint.bin_pickle import PickledTensor
 from orchestrator.checkpoint.bin_storages import Contents, resave
 from orchestrator.checkpoint.bin_zip import ZIP_MAGIC, read_zip
+from orchestrator.checkpoint.files import Opened
 from orchestrator.checkpoint.tensors import DTYPES, MAX_BYTES, Header, TensorInfo, row_major
-from orchestrator.checkpoint.trust import IncompleteError, file_size, shown
+from orchestrator.checkpoint.trust import IncompleteError, shown
 from orchestrator.errors import CheckpointError
 
 WRAPPERS = ("state_dict", "model", "module")
@@ -20,32 +20,27 @@ _TAR_AT = 257
 _AGAIN = "Download it again."
 
 
-def read_bin_header(file: Path) -> Header:
+def bin_header(opened: Opened) -> Header:
     """The tensors of a `.bin`, in the order of its state dict. Nothing in the file is executed.
 
     Raises:
         IncompleteError: the file is truncated.
         CheckpointError: another format, a pickle with more than tensors in it, or contradictions.
     """
-    where = shown(file, 400)
-    size = file_size(file)
-    try:
-        with file.open("rb") as stream:
-            contents = _contents(stream, where, size)
-    except OSError as error:
-        raise CheckpointError(f"{where} cannot be read: {error.strerror or shown(error)}") from error
+    where = opened.where
+    contents = _contents(opened, where)
     state = _state_dict(contents.value, where)
-    tensors = tuple(_place(contents, file, where, name, value) for name, value in state.items())
+    tensors = tuple(_place(contents, opened.file, where, name, value) for name, value in state.items())
     return Header(tensors, contents.digest)
 
 
-def _contents(stream: IO[bytes], where: str, size: int) -> Contents:
-    start = stream.read(512)
-    stream.seek(0)
+def _contents(opened: Opened, where: str) -> Contents:
+    start = opened.stream.read(512)
+    opened.stream.seek(0)
     if start.startswith(ZIP_MAGIC):
-        return read_zip(stream, where, size)
+        return read_zip(opened)
     if is_legacy(start):
-        return read_legacy(stream, where, size)
+        return read_legacy(opened)
     if not start:
         raise IncompleteError(f"{where} is empty", _AGAIN)
     if start[_TAR_AT:].startswith(_TAR_MAGIC):

@@ -6,10 +6,10 @@ offset is known from the pickles; offsets need not be multiples of anything.
 """
 
 import hashlib
-from typing import IO
 
 from orchestrator.checkpoint.bin_pickle import MAX_PICKLE, Pickled, Storage, interpret
 from orchestrator.checkpoint.bin_storages import Contents
+from orchestrator.checkpoint.files import Opened, Stream
 from orchestrator.checkpoint.trust import IncompleteError, shown
 from orchestrator.errors import CheckpointError
 
@@ -25,7 +25,7 @@ _AGAIN = "Download it again."
 class _Pickles:
     """The first bytes of the file: a reader that no pickle can ask for more than MAX_PICKLE in all."""
 
-    def __init__(self, stream: IO[bytes], where: str) -> None:
+    def __init__(self, stream: Stream, where: str) -> None:
         self._stream = stream
         self._where = where
         self.position = 0
@@ -65,13 +65,16 @@ def is_legacy(start: bytes) -> bool:
     return LEGACY_MAGIC in start[:32] and start[:1] == b"\x80"
 
 
-def read_legacy(stream: IO[bytes], where: str, size: int) -> Contents:
-    """What the file holds, and where its storages lie. `stream` stands at its start.
+def read_legacy(opened: Opened) -> Contents:
+    """What the file holds, and where its storages lie. Its stream stands at the start.
+
+    The number before each storage is not looked at in a remote file: it would be a request for each.
 
     Raises:
         IncompleteError: the file is truncated.
         CheckpointError: another version, a big-endian machine's, or contradictions.
     """
+    stream, where, size = opened.stream, opened.where, opened.size
     pickles = _Pickles(stream, where)
     _check_machine(pickles, where)
     saved = pickles.next()
@@ -80,7 +83,8 @@ def read_legacy(stream: IO[bytes], where: str, size: int) -> Contents:
     start = pickles.position
     for key in keys:
         storage = saved.storages[key]
-        _check_count(stream, start, storage, where)
+        if not opened.remote:
+            _check_count(stream, start, storage, where)
         regions[key] = (start + 8, storage.nbytes)
         start += 8 + storage.nbytes
         if start > size:
@@ -109,7 +113,7 @@ def _checked_keys(keys: object, storages: dict[str, Storage], where: str) -> lis
     return keys
 
 
-def _check_count(stream: IO[bytes], start: int, storage: Storage, where: str) -> None:
+def _check_count(stream: Stream, start: int, storage: Storage, where: str) -> None:
     stream.seek(start)
     raw = stream.read(8)
     count = int.from_bytes(raw, "little")

@@ -5,10 +5,11 @@ import io
 import struct
 import zipfile
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import Any, cast
 
 from orchestrator.checkpoint.bin_pickle import MAX_PICKLE, Storage, interpret
 from orchestrator.checkpoint.bin_storages import Contents, refuse_overlaps, resave
+from orchestrator.checkpoint.files import Opened, Stream
 from orchestrator.checkpoint.trust import IncompleteError, shown
 from orchestrator.errors import CheckpointError
 
@@ -23,7 +24,7 @@ _AGAIN = "Download it again."
 class _Stingy:
     """A file whose single reads are bounded: `zipfile` believes the size that a directory claims."""
 
-    def __init__(self, stream: IO[bytes], where: str) -> None:
+    def __init__(self, stream: Stream, where: str) -> None:
         self._stream = stream
         self._where = where
         self.seek = stream.seek
@@ -40,14 +41,17 @@ class _Stingy:
 
 @dataclass(frozen=True)
 class _Archive:
-    stream: IO[bytes]
+    opened: Opened
     where: str
-    size: int
     folder: str
     entries: dict[str, zipfile.ZipInfo]
 
-    def data(self, name: str) -> tuple[int, int]:
-        """Offset in the file and size, in bytes, of a stored entry's data."""
+    def data(self, name: str, *, exactly: bool = True) -> tuple[int, int]:
+        """Offset in the file and size, in bytes, of a stored entry's data.
+
+        Args:
+            exactly: False: by the directory alone, which does not know how much padding lies before the data.
+        """
         entry = self.entries.get(f"{self.folder}/{name}")
         if entry is None:
             raise CheckpointError(f"{self.where} has no entry {shown(name)} that its pickle names", _AGAIN)
@@ -55,17 +59,17 @@ class _Archive:
             raise CheckpointError(f"{self.where}: the entry {shown(name)} is compressed: refused")
         if entry.flag_bits & 1:
             raise CheckpointError(f"{self.where}: the entry {shown(name)} is encrypted: refused")
-        start = self._after_local_header(entry)
-        if start + entry.file_size > self.size:
+        start = self._after_local_header(entry) if exactly else entry.header_offset + _LOCAL_HEADER.size
+        if start + entry.file_size > self.opened.size:
             raise IncompleteError(f"{self.where}: the entry {shown(name)} ends beyond the file", _AGAIN)
         return start, entry.file_size
 
     def _after_local_header(self, entry: zipfile.ZipInfo) -> int:
         # The local header's own name and padding count: they differ from the central directory's.
         raw = b""
-        if 0 <= entry.header_offset < self.size:
-            self.stream.seek(entry.header_offset)
-            raw = self.stream.read(_LOCAL_HEADER.size)
+        if 0 <= entry.header_offset < self.opened.size:
+            self.opened.stream.seek(entry.header_offset)
+            raw = self.opened.stream.read(_LOCAL_HEADER.size)
         if len(raw) < _LOCAL_HEADER.size or raw[:4] != ZIP_MAGIC:
             raise CheckpointError(f"{self.where} is a damaged zip at byte {entry.header_offset:,}", _AGAIN)
         *_, name_length, extra_length = _LOCAL_HEADER.unpack(raw)
@@ -75,18 +79,19 @@ class _Archive:
         start, size = self.data(name)
         if size > limit:
             raise CheckpointError(f"{self.where}: {shown(name)} takes {size:,} bytes, at most {limit:,} are read")
-        self.stream.seek(start)
-        return self.stream.read(size)
+        self.opened.stream.seek(start)
+        return self.opened.stream.read(size)
 
 
-def read_zip(stream: IO[bytes], where: str, size: int) -> Contents:
-    """What the zip holds, and where its storages lie.
+def read_zip(opened: Opened) -> Contents:
+    """What the zip holds, and where its storages lie. In a remote file these places are as good as its directory.
 
     Raises:
         IncompleteError: the file is truncated.
         CheckpointError: not one of torch.save's, or contradictions.
     """
-    archive = _open(stream, where, size)
+    where = opened.where
+    archive = _open(opened, where)
     _check_byteorder(archive)
     pickle = archive.read("data.pkl", MAX_PICKLE)
     found = interpret(io.BytesIO(pickle), where)
@@ -95,9 +100,9 @@ def read_zip(stream: IO[bytes], where: str, size: int) -> Contents:
     return Contents(found.value, regions, hashlib.sha256(pickle).hexdigest())
 
 
-def _open(stream: IO[bytes], where: str, size: int) -> _Archive:
+def _open(opened: Opened, where: str) -> _Archive:
     try:
-        with zipfile.ZipFile(cast(Any, _Stingy(stream, where))) as zipped:
+        with zipfile.ZipFile(cast(Any, _Stingy(opened.stream, where))) as zipped:
             listed = zipped.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
         raise IncompleteError(
@@ -116,7 +121,7 @@ def _open(stream: IO[bytes], where: str, size: int) -> _Archive:
             f"{where} is a TorchScript program, not weights",
             f"If you trust it, save its weights: {resave(where, loaded)}",
         )
-    return _Archive(stream, where, size, folders[0], entries)
+    return _Archive(opened, where, folders[0], entries)
 
 
 def _check_byteorder(archive: _Archive) -> None:
@@ -127,7 +132,7 @@ def _check_byteorder(archive: _Archive) -> None:
 
 
 def _region(archive: _Archive, storage: Storage) -> tuple[int, int]:
-    start, size = archive.data(f"data/{storage.key}")
+    start, size = archive.data(f"data/{storage.key}", exactly=not archive.opened.remote)
     if size != storage.nbytes:
         raise CheckpointError(
             f"{archive.where}: the storage {shown(storage.key)} has {size:,} bytes, not {storage.nbytes:,}", _AGAIN

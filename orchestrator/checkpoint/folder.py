@@ -6,10 +6,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from orchestrator.checkpoint.files import Files, LocalFiles
 from orchestrator.checkpoint.fingerprint import fingerprint_files
 from orchestrator.checkpoint.tensors import TensorInfo
-from orchestrator.checkpoint.trust import read_object, shown
-from orchestrator.checkpoint.weights import MODEL_FORMATS, read_weights
+from orchestrator.checkpoint.trust import JSON_LIMIT, parse_object, shown
+from orchestrator.checkpoint.weights import MODEL_FORMATS, weights_of
 from orchestrator.errors import CheckpointError
 
 CARRIED = (
@@ -67,15 +68,20 @@ def open_checkpoint(path: Path) -> Checkpoint:
             missing, damaged or contradictory, weights that are missing, truncated or malicious.
     """
     check_folder(path)
-    file = path / "config.json"
-    if not file.exists() and not file.is_symlink():  # a link to nowhere is named by its reader
-        raise no_config(shown(path, 400), _names(path))
-    config = read_object(file)
-    weights = read_weights(path, MODEL_FORMATS)
+    return checkpoint_of(LocalFiles(path))
+
+
+def checkpoint_of(files: Files) -> Checkpoint:
+    """The model that is in these files, wherever they lie; see `open_checkpoint`."""
+    where = shown(files.path, 400)
+    if not files.has("config.json"):  # a link to nowhere is named by its reader
+        raise no_config(where, set(files.names()))
+    config = parse_object(files.read("config.json", JSON_LIMIT), shown(files.path / "config.json", 400))
+    weights = weights_of(files, MODEL_FORMATS)
     if weights is None or not weights.tensors:
-        raise no_weights(shown(path, 400), _names(path))
+        raise no_weights(where, set(files.names()))
     return Checkpoint(
-        path,
+        files.path,
         config,
         weights.tensors,
         weights.format,
@@ -116,10 +122,6 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
     plain = (checkpoint.path / "config.json", *carried_files(checkpoint.path))
     found = fingerprint_files(plain, checkpoint.files, checkpoint.digests)
     return {"format": checkpoint.format, "index_sha256": checkpoint.index_digest, **found}
-
-
-def _names(path: Path) -> set[str]:
-    return {file.name for file in path.iterdir()}
 
 
 def no_config(where: str, names: Collection[str]) -> CheckpointError:

@@ -9,8 +9,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from orchestrator.checkpoint.files import Opened, Stream, open_file
 from orchestrator.checkpoint.tensors import DTYPES, MAX_BYTES, MAX_DIMS, Header, TensorInfo, row_major
-from orchestrator.checkpoint.trust import IncompleteError, file_size, parse_object, shown
+from orchestrator.checkpoint.trust import IncompleteError, parse_object, shown
 from orchestrator.errors import CheckpointError
 
 MAX_HEADER = 100_000_000
@@ -21,38 +22,37 @@ _AGAIN = "Download it again."
 
 
 def read_safetensors_header(file: Path) -> Header:
+    """The header of a safetensors file of this machine; see `safetensors_header`."""
+    with open_file(file) as opened:
+        return safetensors_header(opened)
+
+
+def safetensors_header(opened: Opened) -> Header:
     """The tensors of a safetensors file. Only the header is read.
 
     Raises:
         IncompleteError: the file is truncated; the message says by how many bytes.
         CheckpointError: it is not a safetensors file, or its header contradicts itself or the file.
     """
-    where = shown(file, 400)
-    size = file_size(file)
-    data = _header_bytes(file, size, where)
+    where = opened.where
+    data = _header_bytes(opened.stream, opened.size, where)
     entries = parse_object(data, f"the header of {where}")
     _check_metadata(entries.pop("__metadata__", {}), where)
     start = 8 + len(data)
-    tensors = [_tensor(name, entry, file, start, where) for name, entry in entries.items()]
+    tensors = [_tensor(name, entry, opened.file, start, where) for name, entry in entries.items()]
     tensors.sort(key=lambda info: (info.offset, info.nbytes))
-    _check_layout(tensors, start, size, where)
+    _check_layout(tensors, start, opened.size, where)
     return Header(tuple(tensors), hashlib.sha256(data).hexdigest())
 
 
-def _header_bytes(file: Path, size: int, where: str) -> bytes:
+def _header_bytes(stream: Stream, size: int, where: str) -> bytes:
     if size < 8:
         raise IncompleteError(f"{where} is truncated: it has {size} bytes, not even a header", _AGAIN)
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > MAX_HEADER:
-                raise CheckpointError(
-                    f"{where} is not a safetensors file: it claims a header of {length:,} bytes", _AGAIN
-                )
-            # Not more than there is: memory for what a header claims would be taken first.
-            data = stream.read(min(length, size))
-    except OSError as error:
-        raise CheckpointError(f"{where} cannot be read: {error.strerror}") from error
+    length = int.from_bytes(stream.read(8), "little")
+    if length > MAX_HEADER:
+        raise CheckpointError(f"{where} is not a safetensors file: it claims a header of {length:,} bytes", _AGAIN)
+    # Not more than there is: memory for what a header claims would be taken first.
+    data = stream.read(min(length, size))
     if len(data) < length:
         missing = length - len(data)
         raise IncompleteError(f"{where} is truncated: at least {missing:,} bytes of its header are missing", _AGAIN)

@@ -5,9 +5,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.checkpoint.headers import read_header
+from orchestrator.checkpoint.files import Files, LocalFiles
+from orchestrator.checkpoint.headers import header_of
 from orchestrator.checkpoint.tensors import TensorInfo
-from orchestrator.checkpoint.trust import JSON_LIMIT, IncompleteError, parse_object, read_bytes, shown
+from orchestrator.checkpoint.trust import JSON_LIMIT, IncompleteError, parse_object, shown
 from orchestrator.errors import CheckpointError
 
 _AGAIN = "Download the model again."
@@ -54,6 +55,11 @@ class WeightSet:
 
 
 def read_weights(folder: Path, formats: tuple[Format, ...]) -> WeightSet | None:
+    """The weights of a folder of this machine; see `weights_of`."""
+    return weights_of(LocalFiles(folder), formats)
+
+
+def weights_of(files: Files, formats: tuple[Format, ...]) -> WeightSet | None:
     """The first format whose set is complete; None where the folder has none of their files.
 
     A set that is not whole gives way to the next format (with a note); a malicious or contradictory one
@@ -62,18 +68,18 @@ def read_weights(folder: Path, formats: tuple[Format, ...]) -> WeightSet | None:
     Raises:
         CheckpointError: no set is complete, or one is malicious or contradictory.
     """
-    present = [form for form in formats if _present(folder, form)]
+    present = [form for form in formats if _present(files, form)]
     notes: list[str] = []
     first: IncompleteError | None = None
     for place, form in enumerate(present):
         try:
-            found = _read_set(folder, form)
+            found = _read_set(files, form)
         except IncompleteError as error:
             first = first or error
             notes.append(f"the {form.name} files are not complete and are not used: {error.message}")
             continue
         notes += [
-            f"{shown(folder, 400)} holds {form.name} and {other.name} weights: the {form.name} ones are used"
+            f"{shown(files.path, 400)} holds {form.name} and {other.name} weights: the {form.name} ones are used"
             for other in present[place + 1 :]
         ]
         return WeightSet(
@@ -84,58 +90,54 @@ def read_weights(folder: Path, formats: tuple[Format, ...]) -> WeightSet | None:
     return None
 
 
-def _present(folder: Path, form: Format) -> bool:
+def _present(files: Files, form: Format) -> bool:
     names = (form.single, form.index) if form.index else (form.single,)
-    if any((folder / name).exists() or (folder / name).is_symlink() for name in names):
-        return True
-    return bool(_shards(folder, form))
+    return any(files.has(name) for name in names) or bool(_shards(files, form))
 
 
-def _shards(folder: Path, form: Format) -> list[re.Match[str]]:
+def _shards(files: Files, form: Format) -> list[re.Match[str]]:
     if not form.shard:
         return []
-    found = (re.fullmatch(form.shard, file.name) for file in folder.iterdir())
+    found = (re.fullmatch(form.shard, name) for name in files.names())
     return sorted((match for match in found if match), key=lambda match: match.group())
 
 
-def _read_set(folder: Path, form: Format) -> WeightSet:
-    single = folder / form.single
-    if single.exists() or single.is_symlink():
-        stale = form.index and (folder / form.index).exists()
+def _read_set(files: Files, form: Format) -> WeightSet:
+    if files.has(form.single):
+        stale = form.index and files.has(form.index)
         notes = (f"{form.index} is not used: {form.single} is the whole model",) if stale else ()
-        return _read_files(form, [single], None, None, notes)
-    index = folder / form.index
-    if index.exists() or index.is_symlink():
-        data = read_bytes(index, JSON_LIMIT)
-        where = read_index(parse_object(data, shown(index, 400)), form, shown(index, 400))
-        files = [folder / name for name in dict.fromkeys(sorted(where.values()))]
-        return _read_files(form, files, where, hashlib.sha256(data).hexdigest(), _strays(folder, form, files))
-    names = _all_shards(folder, form)
+        return _read_files(form, files, [form.single], None, None, notes)
+    if form.index and files.has(form.index):
+        index = shown(files.path / form.index, 400)
+        data = files.read(form.index, JSON_LIMIT)
+        where = read_index(parse_object(data, index), form, index)
+        names = list(dict.fromkeys(sorted(where.values())))
+        return _read_files(form, files, names, where, hashlib.sha256(data).hexdigest(), _strays(files, form, names))
+    names = _all_shards(files, form)
     notes = (f"there is no {form.index}: the shards were found by their names",)
-    return _read_files(form, [folder / name for name in names], None, None, notes)
+    return _read_files(form, files, names, None, None, notes)
 
 
-def _strays(folder: Path, form: Format, files: list[Path]) -> tuple[str, ...]:
-    known = {file.name for file in files}
-    strays = sorted({match.group() for match in _shards(folder, form)} - known)
+def _strays(files: Files, form: Format, known: list[str]) -> tuple[str, ...]:
+    strays = sorted({match.group() for match in _shards(files, form)} - set(known))
     return tuple(f"{name} is not in {form.index} and is not used" for name in strays)
 
 
-def _all_shards(folder: Path, form: Format) -> list[str]:
-    matches = _shards(folder, form)
+def _all_shards(files: Files, form: Format) -> list[str]:
+    matches = _shards(files, form)
     total = int(matches[0][2])
     if total == 0:
-        raise CheckpointError(f"{shown(folder / matches[0].group(), 400)} says that it is one of 0 shards", _AGAIN)
+        raise CheckpointError(f"{shown(files.path / matches[0].group(), 400)} says that it is one of 0 shards", _AGAIN)
     found = {match.group() for match in matches}
     stem = form.shard.split("-", 1)[0]
     wanted = [f"{stem}-{number:05d}-of-{total:05d}{form.suffix}" for number in range(1, total + 1)]
     for name in wanted:
         if name not in found:
-            raise IncompleteError(f"{shown(folder / name, 400)} is missing: one of {total} shards", _AGAIN)
+            raise IncompleteError(f"{shown(files.path / name, 400)} is missing: one of {total} shards", _AGAIN)
     if found != set(wanted):
         other = shown(min(found - set(wanted)))
         raise CheckpointError(
-            f"{shown(folder, 400)} has shards of two models: {wanted[0]} and {other}",
+            f"{shown(files.path, 400)} has shards of two models: {wanted[0]} and {other}",
             f"Remove those of one, or add {form.index}.",
         )
     return wanted
@@ -170,15 +172,16 @@ def _plain_name(name: str) -> bool:
 
 def _read_files(
     form: Format,
-    files: list[Path],
+    files: Files,
+    names: list[str],
     where: dict[str, str] | None,
     index_digest: str | None,
     notes: tuple[str, ...],
 ) -> WeightSet:
     tensors: dict[str, TensorInfo] = {}
     digests: dict[str, str] = {}
-    for file in files:
-        header = read_header(file)
+    paths = [files.path / name for name in names]
+    for file, header in zip(paths, files.map(lambda name: header_of(files, name), names), strict=True):
         digests[file.name] = header.digest
         for info in header.tensors:
             if info.name in tensors:
@@ -189,8 +192,8 @@ def _read_files(
                 )
             tensors[info.name] = info
     if where is not None:
-        notes += _check_index(tensors, where, form, files[0].parent)
-    return WeightSet(form.name, tensors, tuple(files), digests, index_digest, notes)
+        notes += _check_index(tensors, where, form, files.path)
+    return WeightSet(form.name, tensors, tuple(paths), digests, index_digest, notes)
 
 
 def _check_index(tensors: dict[str, TensorInfo], where: dict[str, str], form: Format, folder: Path) -> tuple[str, ...]:

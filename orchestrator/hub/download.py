@@ -1,6 +1,6 @@
-"""Downloads what a run needs of a hub repo into the hub library's own cache, where an interrupted one continues.
+"""Downloads files of a hub repo into the hub library's own cache, where an interrupted download continues.
 
-The library lists the repo, fetches the small files and lays out the cache. Its own download of a large file begins
+The library fetches the small files and lays out the cache. Its own download of a large file begins
 anew in each process (its partial files have names of one process), so large files come through here: appended to
 blobs/<sha256>.incomplete by ranges, checked against that SHA-256, renamed; the library finds the blob and links it.
 """
@@ -9,146 +9,50 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import queue
-import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
+from huggingface_hub import constants, hf_hub_download, hf_hub_url
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 
 from orchestrator import __version__
-from orchestrator.checkpoint.folder import is_carried, no_config, no_weights
-from orchestrator.checkpoint.trust import JSON_LIMIT, parse_object, read_bytes, shown
-from orchestrator.checkpoint.weights import Format, read_index
-from orchestrator.errors import CheckpointError, DoesNotFitError, OrchestratorError
-from orchestrator.hub.errors import Unreachable, explained
-from orchestrator.hub.locate import ADAPTER, COMMIT, Kind, Located, cached, storage
+from orchestrator.checkpoint.trust import shown
+from orchestrator.errors import DoesNotFitError, OrchestratorError
+from orchestrator.hub.commit import Commit, RemoteFile
+from orchestrator.hub.errors import explained
+from orchestrator.hub.locate import Located, storage
+from orchestrator.hub.together import together
 from orchestrator.report.console import note, progress, size
 
 log = logging.getLogger(__name__)
 
 AT_ONCE = 4  # files: one connection rarely fills a line
-SHA256 = re.compile(r"[0-9a-f]{64}")
 LARGEST = constants.MAX_HTTP_DOWNLOAD_SIZE  # of one file without the library's own protocol
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a commit. `sha256` is known of large files only (those that the hub keeps outside git)."""
-
-    name: str
-    size: int
-    sha256: str | None
-
-
-@dataclass(frozen=True)
-class Commit:
-    """One commit of a repo, and the files in its topmost folder by name."""
-
-    hub: str
-    revision: str
-    commit: str
-    files: Mapping[str, RemoteFile]
-
-    @property
-    def snapshot(self) -> Path:
-        return storage(self.hub) / "snapshots" / self.commit
-
-    def blob(self, file: RemoteFile) -> Path:
-        return storage(self.hub) / "blobs" / str(file.sha256)
 
 
 class Stopped(Exception):
     """Another file failed, or the user has had enough: a worker ends."""
 
 
-def fetch(hub: str, revision: str, kind: Kind) -> Located:
-    """The snapshot of a revision with all that is needed of it.
-
-    A hub that cannot be reached is no error where the cache has it all.
+def download(commit: Commit, files: list[RemoteFile]) -> Located:
+    """The snapshot of a commit with all of these files.
 
     Raises:
-        CheckpointError, RequestError, DoesNotFitError, OrchestratorError: see `orchestrator.hub.locate.locate`.
+        RequestError, DoesNotFitError, OrchestratorError: see `orchestrator.hub.locate`.
     """
     disable_progress_bars()
     hub_logging.set_verbosity_error()  # its warnings ("trying to resume") would run through the progress
-    try:
-        with explained(hub, revision):
-            commit = _list(hub, revision)
-    except Unreachable as error:
-        found = cached(hub, revision, kind)
-        if found is None:
-            raise error.without_cache() from None
-        note(f"{error.message}: {hub} is taken from the cache, commit {str(found.commit)[:12]}")
-        return found
-    with explained(hub, revision):
-        files = _needed(commit, kind)
+    with explained(commit.hub, commit.revision):
         _download(commit, [file for file in files if not (commit.snapshot / file.name).exists()])
         _remember(commit)
-    return Located(commit.snapshot, hub, commit.commit)
-
-
-def _list(hub: str, revision: str) -> Commit:
-    """One request: which commit a revision is now, and its files. From then on everything is of this commit."""
-    api = HfApi(library_name="orchestrator", library_version=__version__)
-    info = api.model_info(hub, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    commit = info.sha or ""
-    if not COMMIT.fullmatch(commit):
-        raise OrchestratorError(f"{constants.ENDPOINT} names no commit of {hub}", "Does HF_ENDPOINT name a hub?")
-    files = {}
-    for item in info.siblings or []:
-        if "/" in item.rfilename:
-            continue
-        known = item.lfs is not None and SHA256.fullmatch(item.lfs.sha256)  # it becomes a file's name
-        length = item.lfs.size if item.lfs else item.size
-        files[item.rfilename] = RemoteFile(item.rfilename, length or 0, item.lfs.sha256 if known else None)
-    return Commit(hub, revision, commit, files)
-
-
-def _needed(commit: Commit, kind: Kind) -> list[RemoteFile]:
-    """The config, the small files that travel with a model, and the weights in one format."""
-    names = commit.files
-    if kind.config not in names:
-        if kind is ADAPTER:
-            hint = f"It is a model: give it as model.path={commit.hub}" if "config.json" in names else ""
-            raise CheckpointError(f"{commit.hub} has no {kind.config}", hint)
-        raise no_config(commit.hub, names)
-    sets = (weight_files(names, form, lambda name: _read(commit, name)) for form in kind.formats)
-    weights = next((found for found in sets if found), None)
-    if weights is None and kind is ADAPTER:
-        raise CheckpointError(f"{commit.hub} has neither {' nor '.join(form.single for form in kind.formats)}")
-    if weights is None:
-        error = no_weights(commit.hub, names)
-        raise CheckpointError(error.message, "Give the repo of the original model, with all of its weights.")
-    small = [name for name in names if name == kind.config or is_carried(name)]
-    return [names[name] for name in dict.fromkeys([*sorted(small), *weights])]
-
-
-def weight_files(names: Mapping[str, Any], form: Format, read: Callable[[str], bytes]) -> list[str] | None:
-    """The files of one format (with its index) out of a repo's names; None where they are not all there."""
-    if form.single in names:
-        return [form.single]
-    if form.index and form.index in names:
-        where = read_index(parse_object(read(form.index), form.index), form, form.index)
-        shards = sorted(set(where.values()))
-        return [form.index, *shards] if all(shard in names for shard in shards) else None
-    numbered = [match for name in sorted(names) if form.shard and (match := re.fullmatch(form.shard, name))]
-    return [match.group() for match in numbered] if numbered and len(numbered) == int(numbered[0][2]) else None
-
-
-def _read(commit: Commit, name: str) -> bytes:
-    if commit.files[name].size > JSON_LIMIT:
-        raise CheckpointError(f"{commit.hub}: {name} takes {commit.files[name].size:,} bytes; no index is so large")
-    return read_bytes(_link(commit, name), JSON_LIMIT)
+    return Located(commit.snapshot, commit.hub, commit.commit)
 
 
 def _link(commit: Commit, name: str) -> Path:
@@ -203,50 +107,13 @@ def _download(commit: Commit, missing: list[RemoteFile]) -> None:
                 if file.sha256 is None:
                     work(file)
             large = [file for file in missing if file.sha256 is not None]
-            for current in _together(work, large):
+            for file in together(work, large, AT_ONCE):
                 if (done := sum(moved.values())) < total:
-                    show(done, total, current)
+                    show(done, total, file.name)
         finally:
             stop.set()
         if total:
             show(total, total, commit.hub)
-
-
-def _together(work: Callable[[RemoteFile], None], files: list[RemoteFile]) -> Iterator[str]:
-    """Does the work for all files, several at a time; yields five times a second which file is being waited for.
-
-    Daemon threads: one that waits for a silent server does not keep an interrupted program from ending.
-    """
-    todo: queue.SimpleQueue[RemoteFile] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[RemoteFile, BaseException | None]] = queue.SimpleQueue()
-    for file in files:
-        todo.put(file)
-
-    def loop() -> None:
-        while True:
-            try:
-                file = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                work(file)
-            except BaseException as error:
-                done.put((file, error))
-                return
-            done.put((file, None))
-
-    for _ in range(min(AT_ONCE, len(files))):
-        threading.Thread(target=loop, daemon=True, name="download").start()
-    waiting = {file.name: file for file in files}
-    while waiting:
-        try:
-            file, error = done.get(timeout=0.2)
-        except queue.Empty:
-            yield next(iter(waiting))
-            continue
-        if error is not None:
-            raise error
-        del waiting[file.name]
 
 
 def _there(commit: Commit, file: RemoteFile) -> int:

@@ -9,15 +9,23 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.checkpoint.trust import IncompleteError, shown
 from orchestrator.checkpoint.weights import ADAPTER_FORMATS, MODEL_FORMATS, Format, read_weights
 from orchestrator.config import folder
-from orchestrator.errors import CheckpointError, RequestError
+from orchestrator.errors import CheckpointError, OrchestratorError, RequestError
+
+if TYPE_CHECKING:
+    from orchestrator.hub.headers import RemoteRepo
 
 EXPLICIT = "hf://"
 DEFAULT_REVISION = "main"
 COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class NoPartsError(OrchestratorError):
+    """The hub sends whole files only: nothing can be known of the weights before they are here."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +43,25 @@ ADAPTER = Kind("adapter", "adapter_config.json", ADAPTER_FORMATS)
 
 @dataclass(frozen=True)
 class Located:
-    """A folder with a model's or an adapter's files; for one of the hub, what it is called there and its commit."""
+    """A folder with a model's or an adapter's files; for one of the hub, what it is called there and its commit.
+
+    Attributes:
+        remote: what reads its headers and downloads it, where it is not here; then `path` is only a name.
+    """
 
     path: Path
     hub: str | None = None
     commit: str | None = None
+    remote: RemoteRepo | None = None
+
+    def here(self) -> Located:
+        """With all of its files on this machine: downloaded, if they are not.
+
+        Raises:
+            RequestError, DoesNotFitError, OrchestratorError: no access any more; the cache's disk is too small; the
+                hub cannot be reached.
+        """
+        return self.remote.fetch() if self.remote else self
 
     @property
     def name(self) -> str:
@@ -86,34 +108,26 @@ def _is_valid(name: str) -> bool:
     return all(name.split("/"))
 
 
-def locate(text: str, revision: str | None, kind: Kind, *, download: bool) -> Located:
-    """The folder of a model or an adapter; of a hub id the library's snapshot of one commit, downloaded where needed.
+def locate(text: str, revision: str | None, kind: Kind, *, latest: bool) -> Located:
+    """Where a model or an adapter lies; of a hub id the library's snapshot of one commit, or the hub's repo.
 
     Args:
-        download: False: only what the cache has in full.
+        latest: ask the hub which commit a branch is now; False: what the cache has in full will do, without a request.
 
     Raises:
         RequestError, CheckpointError: no such folder, repo or revision; not a model (an adapter); no access.
-        DoesNotFitError: the cache's disk is too small.
         OrchestratorError: the hub cannot be reached, and the cache does not have it.
     """
     hub = hub_id(text)
     if hub is None:
         return Located(_local(text, revision))
     revision = revision or DEFAULT_REVISION
-    if download:
-        from orchestrator.hub.download import fetch
+    found = None if latest else cached(hub, revision, kind)
+    if found is not None:
+        return found
+    from orchestrator.hub.headers import look_up
 
-        return fetch(hub, revision, kind)
-    found = cached(hub, revision, kind)
-    if found is None:
-        raise RequestError(
-            f"{hub} is not in the hub's cache in full, and no weights are downloaded for a plan"
-            f" (there is no folder {shown(folder(hub), 400)} either)",
-            "Type the same line with task=convert: it downloads what is needed and nothing else"
-            f" (or: hf download {hub} --revision {revision})",
-        )
-    return found
+    return look_up(hub, revision, kind)
 
 
 def _local(text: str, revision: str | None) -> Path:

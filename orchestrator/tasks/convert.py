@@ -15,7 +15,7 @@ from orchestrator.errors import ConfigError, DoesNotFitError, RequestError
 from orchestrator.pipeline import Model, merged_bytes, prepare
 from orchestrator.report.console import note, size
 from orchestrator.runfolder import RunFolder
-from orchestrator.tasks.session import look
+from orchestrator.tasks.session import Planned, look
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +30,15 @@ def convert(config: Config, run: RunFolder) -> None:
     output = folder(config.output.path).resolve() if config.output.path is not None else None
     if output is not None:
         _check_output(output)
-    planned = look(config, planning=True)
+
+    def check(planned: Planned) -> None:
+        if output is not None and not BACKENDS[planned.plan.chosen.backend].stages:
+            store = folder(planned.config.paths.artifacts)
+            _check_room(output, store, merged_bytes(planned.config, planned.source))
+
+    planned = look(config, planning=True, check=check)  # the result may be for another machine: it need not fit here
+    check(planned)
     config, source, chosen = planned.config, planned.source, planned.plan.chosen
-    if output is not None and not BACKENDS[chosen.backend].stages:
-        _check_room(output, folder(config.paths.artifacts), merged_bytes(config, source))
     with kept():  # from a prune, until it is linked or copied
         model = prepare(config, source, chosen, run)
         if output is not None:

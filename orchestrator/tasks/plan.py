@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 
 from orchestrator.config import Config
-from orchestrator.plan.planner import must_fit
 from orchestrator.report.console import console
 from orchestrator.report.tables import candidates_table
 from orchestrator.runfolder import RunFolder
-from orchestrator.tasks.session import look, show_plan
+from orchestrator.tasks.session import fits, look, show_plan
 
 
 def plan(config: Config, folder: RunFolder) -> None:
@@ -19,7 +18,7 @@ def plan(config: Config, folder: RunFolder) -> None:
         DoesNotFitError: nothing that was asked for fits.
     """
     planned = look(config, planning=True, download=False)
-    folder.write("plan.json", planned.plan.to_json())
+    folder.write("plan.json", planned.to_json())
     show_plan(planned, planned.plan.chosen)
     console(sys.stdout).print(candidates_table(planned.plan))
-    must_fit(planned.plan, planned.config, planned.spec, planned.hardware)
+    fits(planned)

@@ -14,16 +14,16 @@ from orchestrator import __version__, embedded
 from orchestrator.artifacts import kept
 from orchestrator.backends.protocol import LoadPlan, Stats
 from orchestrator.backends.table import BACKENDS
-from orchestrator.checkpoint.adapter import open_adapter
+from orchestrator.checkpoint.adapter import Adapter, open_adapter
 from orchestrator.checkpoint.adapter_match import targets
-from orchestrator.checkpoint.folder import open_checkpoint
+from orchestrator.checkpoint.folder import Checkpoint, open_checkpoint
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
 from orchestrator.config import Config, folder
 from orchestrator.engine.handle import EngineProcess
 from orchestrator.engine.wire import Ready
 from orchestrator.errors import RequestError
 from orchestrator.hardware import Hardware, detect
-from orchestrator.hub.locate import ADAPTER, MODEL, Located, locate
+from orchestrator.hub.locate import ADAPTER, MODEL, Located, NoPartsError, locate
 from orchestrator.pipeline import Model, Source, is_built, prepare, versions
 from orchestrator.plan.planner import make_plan, must_fit, runnable, why
 from orchestrator.plan.types import Candidate, Plan
@@ -50,6 +50,28 @@ class Planned:
     spec: ModelSpec
     hardware: Hardware
     plan: Plan
+
+    def to_json(self) -> dict[str, Any]:
+        """What plan.json says: the plan, and of which model and which adapters it is."""
+        return self.source.identity() | self.plan.to_json()
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a request's model lies, and its adapters with their weights."""
+
+    base: Located
+    adapters: tuple[tuple[Located, float], ...]
+
+    @property
+    def remote(self) -> bool:
+        """Whether some of it lies on a hub only."""
+        return any(place.remote for place in (self.base, *(adapter for adapter, _ in self.adapters)))
+
+    def here(self) -> Places:
+        """All of it on this machine; the adapters first, which are small."""
+        adapters = tuple((place.here(), weight) for place, weight in self.adapters)
+        return Places(self.base.here(), adapters)
 
 
 @dataclass(frozen=True)
@@ -90,20 +112,43 @@ class Session:
         }
 
 
-def look(config: Config, *, planning: bool, download: bool = True) -> Planned:
+def fits(planned: Planned) -> None:
+    """Raises DoesNotFitError unless the plan fits."""
+    must_fit(planned.plan, planned.config, planned.spec, planned.hardware)
+
+
+def look(config: Config, *, planning: bool, download: bool = True, check: Callable[[Planned], None] = fits) -> Planned:
     """Reads the headers and the machine, and plans. Neither torch nor a GPU is needed.
 
     Args:
         planning: for the machine that was asked about, which need not be this one.
-        download: of hub ids, what the cache does not have; False: that is refused.
+        download: of hub ids, what the cache does not have; False: their headers will do.
+        check: looks at the plan of what is not here yet, and raises if it is not worth the download.
 
     Raises:
         RequestError, EngineUnavailableError: as the checkpoint, the configuration and the machine say.
+        DoesNotFitError: what would have to be downloaded does not fit.
     """
+    places = find_places(config, latest=download)
+    if download and places.remote:
+        places = _brought(config, places, planning, check)
+    return _planned(config, places, planning)
+
+
+def _brought(config: Config, places: Places, planning: bool, check: Callable[[Planned], None]) -> Places:
+    """What is not here is planned by its headers, and downloaded if the plan is good."""
+    try:
+        check(_planned(config, places, planning))
+    except NoPartsError as error:
+        note(f"{error.message}: it is planned when it is here")
+    return places.here()
+
+
+def _planned(config: Config, places: Places, planning: bool) -> Planned:
     asked = config
-    config, source = find_source(asked, download=download)
+    config, source = open_source(asked, places)
     spec = model_spec(source.base)
-    if not planning:
+    if not (planning or places.remote):
         check_tokenizer(source.base.path)
     hardware = detect(config.hardware, planning=planning, artifacts=folder(config.paths.artifacts))
     plan = make_plan(config, spec, hardware)
@@ -112,31 +157,53 @@ def look(config: Config, *, planning: bool, download: bool = True) -> Planned:
     return Planned(config, source, spec, hardware, plan)
 
 
-def find_source(config: Config, *, download: bool = True) -> tuple[Config, Source]:
-    """The model and its adapters. Without model.path: the embedded ones, with the embedded defaults.
+def find_places(config: Config, *, latest: bool) -> Places:
+    """Where the model and its adapters lie. Without model.path: the embedded ones.
 
     Raises:
-        CheckpointError: a folder that does not hold what it should, or an adapter of another model.
         RequestError: an adapter without a model.
         OrchestratorError: of a hub id, see `orchestrator.hub.locate`.
     """
     model = config.model
-    is_embedded = model.path is None
-    if is_embedded and model.adapters:
-        raise RequestError("model.adapter is set and model.path is not", "Set model.path to the adapter's base.")
     if model.path is None:
-        place = Located(embedded.BASE)
-        places = [(Located(embedded.ADAPTER), 1.0)]
-        config = embedded_defaults(config)
-    else:  # the adapters first: they are small, and what is wrong with them is known before 140 GB have come
-        places = [(locate(a.path, a.revision, ADAPTER, download=download), a.weight) for a in model.adapters]
-        place = locate(model.path, model.revision, MODEL, download=download)
-    base = open_checkpoint(place.path)
-    found = tuple((open_adapter(adapter.path), weight) for adapter, weight in places)
-    for adapter, _ in found:
+        if model.adapters:
+            raise RequestError("model.adapter is set and model.path is not", "Set model.path to the adapter's base.")
+        return Places(Located(embedded.BASE), ((Located(embedded.ADAPTER), 1.0),))
+    adapters = tuple((locate(a.path, a.revision, ADAPTER, latest=latest), a.weight) for a in model.adapters)
+    return Places(locate(model.path, model.revision, MODEL, latest=latest), adapters)
+
+
+def open_source(config: Config, places: Places) -> tuple[Config, Source]:
+    """The model and its adapters by their headers; the embedded ones with the embedded defaults.
+
+    Raises:
+        CheckpointError: a folder or a repo that does not hold what it should, or an adapter of another model.
+        OrchestratorError: a hub cannot be reached, or does not answer what was asked.
+    """
+    is_embedded = config.model.path is None
+    adapters = tuple((_adapter(place), weight) for place, weight in places.adapters)
+    base = _checkpoint(places.base)
+    for adapter, _ in adapters:
         targets(adapter, base)  # an adapter of another model is refused before anything long
-    name = "the embedded model" if is_embedded else place.name
-    return config, Source(base, found, name, is_embedded, place.commit, tuple(adapter for adapter, _ in places))
+    name = "the embedded model" if is_embedded else places.base.name
+    source = Source(base, adapters, name, is_embedded, places.base.commit, tuple(place for place, _ in places.adapters))
+    return embedded_defaults(config) if is_embedded else config, source
+
+
+def _checkpoint(place: Located) -> Checkpoint:
+    if place.remote is None:
+        return open_checkpoint(place.path)
+    from orchestrator.hub.headers import remote_checkpoint
+
+    return remote_checkpoint(place.remote)
+
+
+def _adapter(place: Located) -> Adapter:
+    if place.remote is None:
+        return open_adapter(place.path)
+    from orchestrator.hub.headers import remote_adapter
+
+    return remote_adapter(place.remote)
 
 
 def embedded_defaults(config: Config) -> Config:
@@ -198,10 +265,10 @@ def open_session(
         OrchestratorError: of every kind; see the exit codes.
     """
     config = planned.config
-    run.write("plan.json", planned.plan.to_json())
-    must_fit(planned.plan, config, planned.spec, planned.hardware)
+    run.write("plan.json", planned.to_json())
+    fits(planned)
     chosen, python = runnable(planned.plan, config, planned.hardware)
-    run.write("plan.json", planned.plan.to_json() | chosen.to_json())
+    run.write("plan.json", planned.to_json() | chosen.to_json())
     show_plan(planned, chosen)
     tokenizer = None if is_built(config, planned.source, chosen) else _tokenizer(planned, chosen, check)
     with ExitStack() as loading:

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from orchestrator.checkpoint.weights import ADAPTER_FORMATS, MODEL_FORMATS
 from orchestrator.errors import CheckpointError, ConfigError, RequestError
-from orchestrator.hub.download import weight_files
+from orchestrator.hub.commit import weight_files
 from orchestrator.hub.locate import ADAPTER, MODEL, cached, hub_id, locate
 from orchestrator.runfolder import RunFolder
 
@@ -53,7 +53,7 @@ def test_what_is_there_wins_and_hf_says_that_the_hub_is_meant(tmp_path: Path, mo
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert hub_id("org/name") is None
     assert hub_id("hf://org/name") == "org/name"
-    assert locate("org/name", None, MODEL, download=False).path == tmp_path / "org" / "name"
+    assert locate("org/name", None, MODEL, latest=False).path == tmp_path / "org" / "name"
     for text in ("hf://name", "hf://org/name@main", "hf://datasets/org/name", "hf://"):
         with pytest.raises(RequestError, match="is not a hub id"):
             hub_id(text)
@@ -62,10 +62,10 @@ def test_what_is_there_wins_and_hf_says_that_the_hub_is_meant(tmp_path: Path, mo
 def test_paths_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"there is no folder .*/models. .*org/name"):
-        locate("models", None, MODEL, download=False)
-    assert locate("./org/name", None, MODEL, download=False).path == tmp_path / "org" / "name"  # refused when opened
+        locate("models", None, MODEL, latest=False)
+    assert locate("./org/name", None, MODEL, latest=False).path == tmp_path / "org" / "name"  # refused when opened
     with pytest.raises(RequestError, match="has no revisions"):
-        locate(str(tmp_path), "main", MODEL, download=False)
+        locate(str(tmp_path), "main", MODEL, latest=False)
 
 
 INDEX = "model.safetensors.index.json"
@@ -103,13 +103,14 @@ def test_only_what_is_whole_counts_as_cached(tmp_path: Path, monkeypatch: pytest
     assert cached("org/name", COMMIT, MODEL) is not None
     (place / "refs" / "pr").mkdir(parents=True)
     (place / "refs" / "pr" / "1").write_text(COMMIT)
-    found = locate("hf://org/name", "pr/1", MODEL, download=False)
+    found = locate("hf://org/name", "pr/1", MODEL, latest=False)
     assert (found.path, found.label) == (snapshot, f"org/name@{COMMIT}")
     assert cached("org/name", COMMIT, ADAPTER) is None
     (snapshot / SHARDS[1]).unlink()
     assert cached("org/name", COMMIT, MODEL) is None
-    with pytest.raises(RequestError, match=r"not in the hub's cache in full.*task=convert"):
-        locate("hf://org/name", COMMIT, MODEL, download=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RequestError, match=r"HF_HUB_OFFLINE .*not in the cache in full.*hf download org/name"):
+        locate("hf://org/name", COMMIT, MODEL, latest=False)
 
 
 @pytest.mark.parametrize("revision", ["../../x", "/main", "a//b", "a b", ""])
