@@ -1,17 +1,106 @@
 """The architectures whose tensors are understood, as data: another one is another row.
 
-Names and defaults are those of transformers' modeling and configuration files of the same model type.
+Names and defaults are those of transformers' modeling and configuration files of the same model type, or of the
+model's own remote code where transformers has none (InternLM, InternLM2, Qwen 1). How many parameters a row's shapes
+say is checked against transformers' own models and against published ones in tests/unit/test_spec.py.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
 
-_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a layer.
+
+    Attributes:
+        name: within the layer; {} is the number of an expert.
+        shape: its dimensions by name (see `dimensions.DIMENSIONS`).
+        role: "linear", "expert" or "other".
+        when: the key of config.json that has to be true, not zero and not null; "!key": the opposite; "": always.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    role: str = "other"
+    when: str = ""
+
+
+def _linear(module: str, out: str, into: str, when: str = "") -> Part:
+    return Part(f"{module}.weight", (out, into), "linear", when)
+
+
+def _expert(module: str, out: str, into: str) -> Part:
+    return Part(f"{module}.weight", (out, into), "expert")
+
+
+def _biases(when: str, **parts: str) -> tuple[Part, ...]:
+    """Of linears of the attention block, `module=rows`."""
+    return tuple(Part(f"self_attn.{module}.bias", (rows,), when=when) for module, rows in parts.items())
+
+
+def _norms(*modules: str) -> tuple[Part, ...]:
+    return tuple(Part(f"{module}.weight", ("hidden",)) for module in modules)
+
+
+_NORMS = _norms("input_layernorm", "post_attention_layernorm")
+_GEMMA_NORMS = (*_NORMS, *_norms("pre_feedforward_layernorm", "post_feedforward_layernorm"))
+_HEAD_NORMS = (Part("self_attn.q_norm.weight", ("head_dim",)), Part("self_attn.k_norm.weight", ("head_dim",)))
+_ATTENTION = (
+    _linear("self_attn.q_proj", "queries", "hidden"),
+    _linear("self_attn.k_proj", "keys", "hidden"),
+    _linear("self_attn.v_proj", "keys", "hidden"),
+    _linear("self_attn.o_proj", "hidden", "queries"),
+)
+_QKV_BIASES = _biases("", q_proj="queries", k_proj="keys", v_proj="keys")
+_ALL_BIASES = _biases("attention_bias", q_proj="queries", k_proj="keys", v_proj="keys", o_proj="hidden")
+_MLP = (
+    _linear("mlp.gate_proj", "intermediate", "hidden"),
+    _linear("mlp.up_proj", "intermediate", "hidden"),
+    _linear("mlp.down_proj", "hidden", "intermediate"),
+)
+_MLP_BIASES = (
+    Part("mlp.gate_proj.bias", ("intermediate",), when="mlp_bias"),
+    Part("mlp.up_proj.bias", ("intermediate",), when="mlp_bias"),
+    Part("mlp.down_proj.bias", ("hidden",), when="mlp_bias"),
+)
+_ROUTER = Part("mlp.gate.weight", ("experts", "hidden"))
+_EXPERTS = (
+    _expert("mlp.experts.{}.gate_proj", "expert_intermediate", "hidden"),
+    _expert("mlp.experts.{}.up_proj", "expert_intermediate", "hidden"),
+    _expert("mlp.experts.{}.down_proj", "hidden", "expert_intermediate"),
+)
+# The experts of a layer as one parameter each way, as transformers 5 holds them, and saves them where it is told to.
+_STACKED = (
+    Part("mlp.experts.gate_up_proj", ("experts", "expert_gate_up", "hidden"), "expert"),
+    Part("mlp.experts.down_proj", ("experts", "hidden", "expert_intermediate"), "expert"),
+)
+# DeepSeek's: keys and values come out of one small vector per token, which is what is cached.
+_LATENT_ATTENTION = (
+    _linear("self_attn.q_proj", "latent_queries", "hidden", when="!q_lora_rank"),
+    _linear("self_attn.q_a_proj", "query_rank", "hidden", when="q_lora_rank"),
+    Part("self_attn.q_a_layernorm.weight", ("query_rank",), when="q_lora_rank"),
+    _linear("self_attn.q_b_proj", "latent_queries", "query_rank", when="q_lora_rank"),
+    _linear("self_attn.kv_a_proj_with_mqa", "latent", "hidden"),
+    Part("self_attn.kv_a_layernorm.weight", ("key_rank",)),
+    _linear("self_attn.kv_b_proj", "latent_keys", "key_rank"),
+    _linear("self_attn.o_proj", "hidden", "latent_values"),
+    *_biases("attention_bias", kv_a_proj_with_mqa="latent", o_proj="hidden"),
+    Part("self_attn.q_a_proj.bias", ("query_rank",), when="attention_bias"),
+)
+
+
+def _shared(module: str) -> tuple[Part, ...]:
+    """The experts that every token passes through, which are ordinary linears."""
+    return (
+        _linear(f"{module}.gate_proj", "shared_intermediate", "hidden"),
+        _linear(f"{module}.up_proj", "shared_intermediate", "hidden"),
+        _linear(f"{module}.down_proj", "hidden", "shared_intermediate"),
+    )
 
 
 @dataclass(frozen=True)
@@ -20,10 +109,18 @@ class Architecture:
 
     Attributes:
         layer: prefix of a layer's tensors; {} is its number.
-        linears, norms: modules of every layer, each with a `.weight`.
-        biases: linears that also have a `.bias`.
-        tied, head_dim, max_context: what transformers takes where config.json is silent (head_dim 0:
-            hidden size / heads).
+        every: the tensors of every layer.
+        dense: those of the layers that have an MLP and no experts.
+        sparse: those of the layers that have experts; empty: the architecture has none.
+        stacked: what stands in `sparse` for the experts where they are stored together, three-dimensional.
+        elsewhere: (prefix of the language part, head) as other versions of the format have them.
+        defaults: what transformers takes for keys that config.json leaves out.
+        tied, head_dim, max_context: the same, also where they are null (head_dim 0: hidden size / heads).
+        sliding: which layers have a sliding window where `layer_types` does not say (see `caches.SLIDING`).
+        window_switch: the window counts only where use_sliding_window is true.
+        halved: config.json's intermediate_size is that of gate and up together.
+        draft_layers: the key for layers beyond the last, which predict tokens ahead and are left out by engines.
+        rotary_sets, scaled_embedding: buffers that transformers makes: sets of rotary frequencies, one factor.
         transposed: linears stored as (in, out), as transformers' Conv1D does, instead of (out, in).
     """
 
@@ -31,24 +128,264 @@ class Architecture:
     head: str = "lm_head.weight"
     final_norm: str = "model.norm.weight"
     layer: str = "model.layers.{}."
-    linears: tuple[str, ...] = (*_ATTENTION, *_MLP)
-    norms: tuple[str, ...] = _NORMS
-    biases: tuple[str, ...] = ()
+    every: tuple[Part, ...] = (*_ATTENTION, *_ALL_BIASES, *_NORMS)
+    dense: tuple[Part, ...] = (*_MLP, *_MLP_BIASES)
+    sparse: tuple[Part, ...] = ()
+    stacked: tuple[Part, ...] = ()
+    elsewhere: tuple[tuple[str, str], ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     tied: bool = False
     head_dim: int = 0
     max_context: int = 2048
+    sliding: str = "all"
+    window_switch: bool = False
+    halved: bool = False
+    draft_layers: str = ""
+    rotary_sets: int = 1
+    scaled_embedding: bool = False
     transposed: bool = False
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Modules of the linears of a layer without experts."""
+        return tuple(p.name.removesuffix(".weight") for p in (*self.every, *self.dense) if p.role == "linear")
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Modules of the norms of a layer."""
+        return tuple(p.name.removesuffix(".weight") for p in self.every if "norm" in p.name or ".ln_" in f".{p.name}")
+
+
+_GEMMA = Architecture(
+    every=(*_ATTENTION, *_ALL_BIASES, *_NORMS),
+    dense=_MLP,
+    tied=True,
+    head_dim=256,
+    max_context=8192,
+    sliding="none",
+    scaled_embedding=True,
+)
+_GEMMA2 = replace(
+    _GEMMA,
+    every=(*_ATTENTION, *_ALL_BIASES, *_GEMMA_NORMS),
+    sliding="even",
+    defaults={"sliding_window": 4096, "num_key_value_heads": 4},
+)
+_GEMMA3 = replace(
+    _GEMMA2,
+    every=(*_ATTENTION, *_ALL_BIASES, *_GEMMA_NORMS, *_HEAD_NORMS),
+    sliding="pattern",
+    max_context=131072,
+    rotary_sets=2,
+    # Published configs of the larger ones leave out all but the sizes in which they differ from the 1B.
+    defaults={
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
+)
+_QWEN2 = Architecture(
+    every=(*_ATTENTION, *_QKV_BIASES, *_NORMS),
+    dense=_MLP,
+    max_context=32768,
+    sliding="after",
+    window_switch=True,
+    defaults={"sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32},
+)
+_QWEN2_VL = replace(
+    _QWEN2,
+    elsewhere=(("model.language_model.", "lm_head.weight"),),
+    defaults={"sliding_window": 4096, "max_window_layers": 80, "num_key_value_heads": 8},
+)
+_DEEPSEEK_V3 = Architecture(
+    every=(*_LATENT_ATTENTION, *_NORMS),
+    dense=_MLP,
+    sparse=(
+        _ROUTER,
+        Part("mlp.gate.e_score_correction_bias", ("experts",)),
+        *_shared("mlp.shared_experts"),
+        *_EXPERTS,
+    ),
+    stacked=_STACKED,
+    max_context=4096,
+    sliding="none",
+    draft_layers="num_nextn_predict_layers",
+    defaults={
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048,
+        "first_k_dense_replace": 3,
+    },
+)
 
 ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture(),
-    "MistralForCausalLM": Architecture(max_context=131072),
-    "Qwen2ForCausalLM": Architecture(biases=_ATTENTION[:3], max_context=32768),
-    "Qwen3ForCausalLM": Architecture(
-        norms=(*_NORMS, "self_attn.q_norm", "self_attn.k_norm"), head_dim=128, max_context=32768
+    "LlamaForCausalLM": Architecture(sliding="none"),
+    "MistralForCausalLM": Architecture(
+        every=(*_ATTENTION, *_NORMS),
+        dense=_MLP,
+        max_context=131072,
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8},
     ),
-    "GemmaForCausalLM": Architecture(tied=True, head_dim=256, max_context=8192),
+    "MixtralForCausalLM": Architecture(
+        every=(*_ATTENTION, *_NORMS),
+        dense=(),
+        sparse=(
+            Part("block_sparse_moe.gate.weight", ("experts", "hidden")),
+            _expert("block_sparse_moe.experts.{}.w1", "intermediate", "hidden"),
+            _expert("block_sparse_moe.experts.{}.w3", "intermediate", "hidden"),
+            _expert("block_sparse_moe.experts.{}.w2", "hidden", "intermediate"),
+        ),
+        stacked=(
+            _ROUTER,
+            Part("mlp.experts.gate_up_proj", ("experts", "gate_up", "hidden"), "expert"),
+            Part("mlp.experts.down_proj", ("experts", "hidden", "intermediate"), "expert"),
+        ),
+        max_context=131072,
+        defaults={"num_local_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 8},
+    ),
+    "Qwen2ForCausalLM": _QWEN2,
+    "Qwen2MoeForCausalLM": replace(
+        _QWEN2,
+        every=(*_ATTENTION, *_biases("qkv_bias", q_proj="queries", k_proj="keys", v_proj="keys"), *_NORMS),
+        sparse=(
+            _ROUTER,
+            *_shared("mlp.shared_expert"),
+            _linear("mlp.shared_expert_gate", "one", "hidden"),
+            *_EXPERTS,
+        ),
+        stacked=_STACKED,
+        sliding="even below",
+        defaults={
+            "qkv_bias": True,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+    ),
+    "Qwen3ForCausalLM": replace(_QWEN2, every=(*_ATTENTION, *_ALL_BIASES, *_NORMS, *_HEAD_NORMS), head_dim=128),
+    "Qwen3MoeForCausalLM": replace(
+        _QWEN2,
+        every=(*_ATTENTION, *_ALL_BIASES, *_NORMS, *_HEAD_NORMS),
+        sparse=(_ROUTER, *_EXPERTS),
+        stacked=_STACKED,
+        sliding="all",
+        defaults={
+            "sliding_window": 4096,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+    ),
+    "GemmaForCausalLM": _GEMMA,
+    "Gemma2ForCausalLM": _GEMMA2,
+    "Gemma3ForCausalLM": _GEMMA3,
+    "Gemma3ForConditionalGeneration": replace(
+        _GEMMA3,
+        embedding="language_model.model.embed_tokens.weight",
+        head="language_model.lm_head.weight",
+        final_norm="language_model.model.norm.weight",
+        layer="language_model.model.layers.{}.",
+        elsewhere=(("model.language_model.", "lm_head.weight"),),
+    ),
+    "Phi3ForCausalLM": Architecture(
+        every=(
+            _linear("self_attn.qkv_proj", "fused", "hidden"),
+            _linear("self_attn.o_proj", "hidden", "queries"),
+            *_NORMS,
+        ),
+        dense=(_linear("mlp.gate_up_proj", "gate_up", "hidden"), _linear("mlp.down_proj", "hidden", "intermediate")),
+        max_context=4096,
+    ),
+    "InternLMForCausalLM": Architecture(
+        every=(
+            *_ATTENTION,
+            *_biases("bias", q_proj="queries", k_proj="keys", v_proj="keys", o_proj="hidden"),
+            *_NORMS,
+        ),
+        dense=_MLP,
+        sliding="none",
+        defaults={"bias": True},
+    ),
+    "InternLM2ForCausalLM": Architecture(
+        embedding="model.tok_embeddings.weight",
+        head="output.weight",
+        every=(
+            _linear("attention.wqkv", "fused", "hidden"),
+            _linear("attention.wo", "hidden", "queries"),
+            Part("attention.wqkv.bias", ("fused",), when="bias"),
+            Part("attention.wo.bias", ("hidden",), when="bias"),
+            *_norms("attention_norm", "ffn_norm"),
+        ),
+        dense=(
+            _linear("feed_forward.w1", "intermediate", "hidden"),
+            _linear("feed_forward.w3", "intermediate", "hidden"),
+            _linear("feed_forward.w2", "hidden", "intermediate"),
+        ),
+        sliding="none",
+        defaults={"bias": True},
+    ),
+    # Qwen 1 and Qwen-VL; the image encoder of the latter is transformer.visual.
+    "QWenLMHeadModel": Architecture(
+        embedding="transformer.wte.weight",
+        final_norm="transformer.ln_f.weight",
+        layer="transformer.h.{}.",
+        every=(
+            _linear("attn.c_attn", "fused", "hidden"),
+            Part("attn.c_attn.bias", ("fused",)),
+            _linear("attn.c_proj", "hidden", "queries"),
+            Part("attn.c_proj.bias", ("hidden",), when="!no_bias"),
+            *_norms("ln_1", "ln_2"),
+        ),
+        dense=(
+            _linear("mlp.w1", "intermediate", "hidden"),
+            _linear("mlp.w2", "intermediate", "hidden"),
+            _linear("mlp.c_proj", "hidden", "intermediate"),
+            Part("mlp.w1.bias", ("intermediate",), when="!no_bias"),
+            Part("mlp.w2.bias", ("intermediate",), when="!no_bias"),
+            Part("mlp.c_proj.bias", ("hidden",), when="!no_bias"),
+        ),
+        max_context=8192,
+        sliding="none",
+        halved=True,
+        defaults={"no_bias": True},
+    ),
+    "Qwen2VLForConditionalGeneration": _QWEN2_VL,
+    "Qwen2_5_VLForConditionalGeneration": _QWEN2_VL,
+    "DeepseekV2ForCausalLM": replace(
+        _DEEPSEEK_V3,
+        dense=(*_MLP, *_MLP_BIASES),
+        sparse=(_ROUTER, *_shared("mlp.shared_experts"), *_EXPERTS),
+        max_context=2048,
+        draft_layers="",
+        defaults={
+            **_DEEPSEEK_V3.defaults,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 1407,
+            "first_k_dense_replace": 0,
+        },
+    ),
+    "DeepseekV3ForCausalLM": _DEEPSEEK_V3,
 }
+
+VISION = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.")
+"""What the names of tensors of image encoders and their projections begin with, below `model.` or `transformer.`."""
 
 
 def architecture_name(config: dict[str, Any]) -> str:
@@ -76,8 +413,22 @@ def layout_of(config: dict[str, Any]) -> Architecture | None:
     return ARCHITECTURES.get(architecture_name(config))
 
 
+def located(row: Architecture, names: Collection[str]) -> Architecture:
+    """The row with its names as this checkpoint has them: nested models have changed them with the format."""
+    body = row.embedding.removesuffix("embed_tokens.weight")
+    for prefix, head in row.elsewhere:
+        if row.embedding not in names and f"{prefix}embed_tokens.weight" in names:
+            moved = {key: prefix + getattr(row, key).removeprefix(body) for key in ("embedding", "final_norm", "layer")}
+            return replace(row, head=head, **moved)
+    return row
+
+
 def is_tied(config: dict[str, Any]) -> bool:
     """Whether the output head is the embedding, by config.json or else by the architecture's default."""
     row = layout_of(config) or Architecture()
-    value = config.get("tie_word_embeddings")
-    return value if isinstance(value, bool) else row.tied
+    text = config.get("text_config")
+    # transformers before 5 wrote it into the text_config of a nested model.
+    for values in (config, text if isinstance(text, dict) else {}):
+        if isinstance(value := values.get("tie_word_embeddings"), bool):
+            return value
+    return row.tied

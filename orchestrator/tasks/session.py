@@ -15,6 +15,7 @@ from orchestrator.artifacts import kept
 from orchestrator.backends.protocol import LoadPlan, Stats
 from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.adapter import open_adapter, targets
+from orchestrator.checkpoint.bare import open_to_plan
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
 from orchestrator.config import Config
@@ -89,18 +90,19 @@ class Session:
         }
 
 
-def look(config: Config, *, planning: bool, download: bool = True) -> Planned:
+def look(config: Config, *, planning: bool, download: bool = True, bare: bool = False) -> Planned:
     """Reads the headers and the machine, and plans. Neither torch nor a GPU is needed.
 
     Args:
         planning: for the machine that was asked about, which need not be this one.
         download: of hub ids, what the cache does not have; False: that is refused.
+        bare: a config.json without weights will do.
 
     Raises:
         RequestError, EngineUnavailableError: as the checkpoint, the configuration and the machine say.
     """
     asked = config
-    config, source = find_source(asked, download=download)
+    config, source = find_source(asked, download=download, bare=bare)
     spec = model_spec(source.base)
     if not planning:
         check_tokenizer(source.base.path)
@@ -111,8 +113,11 @@ def look(config: Config, *, planning: bool, download: bool = True) -> Planned:
     return Planned(config, source, spec, hardware, plan)
 
 
-def find_source(config: Config, *, download: bool = True) -> tuple[Config, Source]:
+def find_source(config: Config, *, download: bool = True, bare: bool = False) -> tuple[Config, Source]:
     """The model and its adapters. Without model.path: the embedded ones, with the embedded defaults.
+
+    Args:
+        download, bare: as for `look`.
 
     Raises:
         CheckpointError: a folder that does not hold what it should, or an adapter of another model.
@@ -130,7 +135,7 @@ def find_source(config: Config, *, download: bool = True) -> tuple[Config, Sourc
     else:  # the adapters first: they are small, and what is wrong with them is known before 140 GB have come
         places = [(locate(a.path, a.revision, ADAPTER, download=download), a.weight) for a in model.adapters]
         place = locate(model.path, model.revision, MODEL, download=download)
-    base = open_checkpoint(place.path)
+    base = open_to_plan(place.path) if bare else open_checkpoint(place.path)
     found = tuple((open_adapter(adapter.path), weight) for adapter, weight in places)
     for adapter, _ in found:
         targets(adapter, base)  # an adapter of another model is refused before anything long

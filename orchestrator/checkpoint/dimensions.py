@@ -1,0 +1,316 @@
+"""A model's sizes, from config.json or from the shapes of its tensors, and the shapes that follow from the sizes."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+
+from orchestrator.checkpoint.architectures import Architecture, Part
+from orchestrator.checkpoint.config_values import ConfigValues
+from orchestrator.errors import CheckpointError
+
+Shape = tuple[int, ...]
+_MAX_EXPERTS = 2**20  # in all layers: their names are made one by one
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model's shapes are made of; 0: it has no such thing.
+
+    Attributes:
+        head_dim: of one head's query; with latent attention nope_dim + rope_dim.
+        intermediate: rows of one of gate and up.
+        shared_intermediate: the same of the experts that every token passes through, together.
+        query_rank, key_rank: of latent attention (MLA).
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate: int = 0
+    shared_intermediate: int = 0
+    query_rank: int = 0
+    key_rank: int = 0
+    rope_dim: int = 0
+    nope_dim: int = 0
+    value_dim: int = 0
+
+
+DIMENSIONS: dict[str, Callable[[Sizes], int]] = {
+    "one": lambda s: 1,
+    "hidden": lambda s: s.hidden,
+    "vocab": lambda s: s.vocab,
+    "head_dim": lambda s: s.head_dim,
+    "queries": lambda s: s.heads * s.head_dim,
+    "keys": lambda s: s.kv_heads * s.head_dim,
+    "fused": lambda s: (s.heads + 2 * s.kv_heads) * s.head_dim,
+    "intermediate": lambda s: s.intermediate,
+    "gate_up": lambda s: 2 * s.intermediate,
+    "experts": lambda s: s.experts,
+    "expert_intermediate": lambda s: s.expert_intermediate,
+    "expert_gate_up": lambda s: 2 * s.expert_intermediate,
+    "shared_intermediate": lambda s: s.shared_intermediate,
+    "query_rank": lambda s: s.query_rank,
+    "key_rank": lambda s: s.key_rank,
+    "latent": lambda s: s.key_rank + s.rope_dim,
+    "latent_queries": lambda s: s.heads * (s.nope_dim + s.rope_dim),
+    "latent_keys": lambda s: s.heads * (s.nope_dim + s.value_dim),
+    "latent_values": lambda s: s.heads * s.value_dim,
+}
+"""A dimension's name in the table of architectures -> how large it is."""
+
+KEYS = {
+    "hidden": ("hidden_size",),
+    "heads": ("num_attention_heads",),
+    "kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim", "kv_channels"),
+    "intermediate": ("intermediate_size",),
+    "vocab": ("vocab_size",),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "expert_intermediate": ("moe_intermediate_size",),
+    "query_rank": ("q_lora_rank",),
+    "key_rank": ("kv_lora_rank",),
+    "rope_dim": ("qk_rope_head_dim",),
+    "nope_dim": ("qk_nope_head_dim",),
+    "value_dim": ("v_head_dim",),
+}
+"""A size -> the keys of config.json that may say it."""
+
+
+def is_latent(row: Architecture) -> bool:
+    """Whether keys and values come out of one latent vector (MLA)."""
+    return any("key_rank" in part.shape for part in row.every)
+
+
+def configured(row: Architecture, config: ConfigValues) -> Sizes:
+    """The sizes as config.json has them, completed with the architecture's defaults.
+
+    Raises:
+        CheckpointError: a size that is missing or none.
+    """
+    hidden, heads = config.need("hidden_size"), config.need("num_attention_heads")
+    head_dim = config.maybe("head_dim") or config.maybe("kv_channels") or row.head_dim or max(hidden // heads, 1)
+    sizes = Sizes(
+        hidden=hidden,
+        heads=heads,
+        kv_heads=config.maybe("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        intermediate=config.need("intermediate_size") // (2 if row.halved else 1),
+        vocab=config.need("vocab_size"),
+    )
+    if row.sparse:
+        sizes = _with_experts(row, config, sizes)
+    if is_latent(row):
+        rope, nope = config.need("qk_rope_head_dim"), config.need("qk_nope_head_dim")
+        sizes = replace(
+            sizes,
+            kv_heads=heads,
+            head_dim=rope + nope,
+            query_rank=config.maybe("q_lora_rank") or 0,
+            key_rank=config.need("kv_lora_rank"),
+            rope_dim=rope,
+            nope_dim=nope,
+            value_dim=config.need("v_head_dim"),
+        )
+    return sizes
+
+
+def _expert_count(config: ConfigValues) -> int:
+    said = config.said(*KEYS["experts"])
+    return said or next((count for key in KEYS["experts"] if (count := config.maybe(key))), 0)
+
+
+def _with_experts(row: Architecture, config: ConfigValues, sizes: Sizes) -> Sizes:
+    inner = config.maybe("moe_intermediate_size") or 0
+    return replace(
+        sizes,
+        experts=_expert_count(config),
+        experts_per_token=config.maybe("num_experts_per_tok") or 0,
+        expert_intermediate=inner,
+        shared_intermediate=config.maybe("shared_expert_intermediate_size")
+        or inner * (config.maybe("n_shared_experts", 0) or 0),
+    )
+
+
+def is_sparse(row: Architecture, config: ConfigValues, layer: int) -> bool:
+    """Whether a layer has experts, by config.json."""
+    if not row.sparse or not _expert_count(config):
+        return False
+    step = config.maybe("decoder_sparse_step") or 1
+    first = config.maybe("first_k_dense_replace", 0) or 0
+    return layer >= first and (layer + 1) % step == 0 and layer not in config.numbers("mlp_only_layers")
+
+
+def layer_parts(
+    row: Architecture, config: ConfigValues, layer: int, names: Mapping[str, object] | None = None
+) -> Iterator[Part]:
+    """The tensors of one layer, as the weights have it (`names`, where there are some), else as config.json does."""
+    prefix = row.layer.format(layer)
+    sparse = is_sparse(row, config, layer)
+    stacked = False
+    if names is not None and row.sparse:
+        stacked = any(prefix + part.name in names for part in row.stacked if part.role == "expert")
+        there = stacked or any(prefix + part.name.format(0) in names for part in row.sparse)
+        lacks_dense = not any(prefix + part.name in names for part in row.dense)
+        sparse = there or (sparse and lacks_dense)
+    block = row.dense
+    if sparse and stacked:
+        # What is not an expert's stands in `sparse`, unless the stacked form renames that too.
+        renamed = any(part.role == "other" for part in row.stacked)
+        block = row.stacked if renamed else (*(p for p in row.sparse if p.role != "expert"), *row.stacked)
+    elif sparse:
+        block = row.sparse
+    for part in (*row.every, *block):
+        wanted = part.when.removeprefix("!")
+        if not wanted or config.flag(wanted) != part.when.startswith("!"):
+            yield part
+
+
+def model_parts(
+    row: Architecture,
+    config: ConfigValues,
+    layers: int,
+    experts: int,
+    tied: bool,
+    names: Mapping[str, object] | None = None,
+) -> Iterator[tuple[str, Part]]:
+    """The language part's tensors by their whole names, in the order of the forward pass.
+
+    Raises:
+        CheckpointError: more experts than can be.
+    """
+    if layers * experts > _MAX_EXPERTS:
+        raise CheckpointError(f"{config.where}: {experts:,} experts in each of {layers:,} layers: refused")
+    yield row.embedding, Part(row.embedding, ("vocab", "hidden"), "embedding")
+    for layer in range(layers):
+        prefix = row.layer.format(layer)
+        for part in layer_parts(row, config, layer, names):
+            for number in range(experts) if "{}" in part.name else (0,):
+                yield prefix + part.name.format(number), part
+    yield row.final_norm, Part(row.final_norm, ("hidden",))
+    if not tied:
+        yield row.head, Part(row.head, ("vocab", "hidden"), "head")
+
+
+def shape_of(part: Part, sizes: Sizes) -> Shape:
+    return tuple(DIMENSIONS[name](sizes) for name in part.shape)
+
+
+def measured(
+    parts: Iterable[tuple[str, Part]], shapes: Mapping[str, Shape], row: Architecture, config: ConfigValues, where: str
+) -> Sizes:
+    """The sizes that the weights themselves have; config.json's only for what no shape says.
+
+    Raises:
+        CheckpointError: shapes that contradict each other, or sizes that do not divide.
+    """
+    found = _read_off(parts, shapes, where)
+    hidden, vocab = found["hidden"], found["vocab"]
+    sizes = Sizes(hidden, 0, 0, 0, found.get("intermediate", 0), vocab)
+    if not sizes.intermediate:
+        sizes = replace(sizes, intermediate=found.get("gate_up", 0) // 2 or config.maybe("intermediate_size") or 0)
+    if row.sparse:
+        said = _with_experts(row, config, sizes)
+        inner = found.get("expert_intermediate", said.expert_intermediate)
+        sizes = replace(
+            said,
+            experts=found.get("experts", 0),
+            experts_per_token=said.experts_per_token if "experts" in found else 0,
+            expert_intermediate=inner if "experts" in found else 0,
+            shared_intermediate=found.get("shared_intermediate", 0),
+        )
+    return _latent_heads(found, sizes, config, where) if is_latent(row) else _heads(found, sizes, row, config, where)
+
+
+def _read_off(parts: Iterable[tuple[str, Part]], shapes: Mapping[str, Shape], where: str) -> dict[str, int]:
+    """Every dimension's size, as the first tensor that has it says."""
+    found: dict[str, int] = {}
+    for name, part in parts:
+        shape = shapes.get(name)
+        if shape is None:
+            continue
+        if len(shape) != len(part.shape) or 0 in shape:
+            wanted = {1: "one dimension", 2: "two dimensions", 3: "three dimensions"}[len(part.shape)]
+            raise CheckpointError(f"{where}: {name} has shape {list(shape)}, not {wanted}")
+        for dimension, size in zip(part.shape, shape, strict=True):
+            found.setdefault(dimension, size)
+        wanted_shape = tuple(found[dimension] for dimension in part.shape)
+        if shape != wanted_shape:
+            raise CheckpointError(
+                f"{where}: {name} has shape {list(shape)} where the other weights say {list(wanted_shape)}",
+                "The files are of different models: download the model again.",
+            )
+    return found
+
+
+def _heads(found: dict[str, int], sizes: Sizes, row: Architecture, config: ConfigValues, where: str) -> Sizes:
+    queries = found["queries"]
+    keys = found["keys"] if "keys" in found else (found["fused"] - queries) // 2
+    head_dim = found.get("head_dim") or _head_dim(row, config, queries)
+    if (
+        queries % head_dim
+        or keys % head_dim
+        or keys < 1
+        or found.get("fused", queries + 2 * keys) != queries + 2 * keys
+    ):
+        raise CheckpointError(
+            f"{where}: heads of {head_dim} do not divide the {queries} rows of the queries and the {keys} of the keys",
+            "Correct head_dim or num_attention_heads in config.json.",
+        )
+    return replace(sizes, heads=queries // head_dim, kv_heads=keys // head_dim, head_dim=head_dim)
+
+
+def _head_dim(row: Architecture, config: ConfigValues, queries: int) -> int:
+    said = config.maybe("head_dim") or config.maybe("kv_channels") or row.head_dim
+    if said and queries % said == 0:
+        return said
+    heads = config.need("num_attention_heads")
+    if queries % heads:
+        raise CheckpointError(
+            f"{config.where}: {heads} heads do not divide the {queries} rows of the queries",
+            "Correct num_attention_heads, or give head_dim.",
+        )
+    return queries // heads
+
+
+def _latent_heads(found: dict[str, int], sizes: Sizes, config: ConfigValues, where: str) -> Sizes:
+    """The rows are heads x (nope + rope), heads x (nope + value) and heads x value: with rope, all follow."""
+    rope = found["latent"] - found["key_rank"]
+    nope_rows = found["latent_keys"] - found["latent_values"]
+    rope_rows = found["latent_queries"] - nope_rows
+    heads = rope_rows // rope if rope > 0 else 0
+    if heads < 1 or nope_rows < 1 or rope_rows % rope or nope_rows % heads or found["latent_values"] % heads:
+        raise CheckpointError(
+            f"{where}: the shapes of q, kv_a_proj_with_mqa, kv_b_proj and o_proj are of no number of heads",
+            "The files are of different models: download the model again.",
+        )
+    nope = nope_rows // heads
+    return replace(
+        sizes,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=nope + rope,
+        query_rank=found.get("query_rank", 0),
+        key_rank=found["key_rank"],
+        rope_dim=rope,
+        nope_dim=nope,
+        value_dim=found["latent_values"] // heads,
+    )
+
+
+def contradictions(sizes: Sizes, row: Architecture, config: ConfigValues) -> Iterator[str]:
+    """Where config.json says otherwise than the weights: one sentence each."""
+    for field in fields(Sizes):
+        keys = KEYS.get(field.name, ())
+        # Of latent attention transformers writes the rotary part as head_dim, others the whole: both are right.
+        if field.name == "head_dim" and is_latent(row):
+            continue
+        said, there = config.said(*keys), getattr(sizes, field.name)
+        if field.name == "intermediate" and row.halved and said:
+            said //= 2
+        if said is not None and there and said != there and not (field.name == "kv_heads" and is_latent(row)):
+            key = next(key for key in keys if config.said(key) is not None)
+            yield f"config.json says {key} {said}, the weights say {there}: {there} it is"
