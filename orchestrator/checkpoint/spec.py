@@ -65,7 +65,8 @@ class ModelSpec:
         quantization: config.json's quantization_config; None for plain weights.
         notes: contradictions and how they were decided.
         layer_caches: what each layer keeps for every token.
-        buffers: bytes that transformers adds to the weights, float32 whatever the dtype: rotary frequencies.
+        rotary_bytes: of the rotary frequencies that transformers keeps beside the weights, float32 whatever the dtype.
+        scaled_embedding: it also keeps one factor for the embedding, in the dtype.
         experts: in each layer that has some; 0: none. experts_per_token: how many of them a token passes through.
     """
 
@@ -86,7 +87,8 @@ class ModelSpec:
     notes: tuple[str, ...]
     tensors: tuple[SpecTensor, ...]
     layer_caches: tuple[LayerCache, ...] = ()
-    buffers: int = 0
+    rotary_bytes: int = 0
+    scaled_embedding: bool = False
     experts: int = 0
     experts_per_token: int = 0
     expert_intermediate: int = 0
@@ -144,7 +146,8 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
         notes=tuple(notes),
         tensors=tensors,
         layer_caches=layer_caches(row, config, sizes, layers),
-        buffers=_buffers(row, config, sizes, layers),
+        rotary_bytes=_rotary_bytes(row, config, sizes, layers),
+        scaled_embedding=row.scaled_embedding,
         experts=sizes.experts,
         experts_per_token=sizes.experts_per_token,
         expert_intermediate=sizes.expert_intermediate or (sizes.intermediate if sizes.experts else 0),
@@ -258,15 +261,15 @@ def _missing(checkpoint: Checkpoint, name: str, layers: int) -> CheckpointError:
     )
 
 
-def _buffers(row: Architecture, config: ConfigValues, sizes: Sizes, layers: int) -> int:
-    """Each set of rotary frequencies twice, for every second element that is rotated, and the embedding's factor."""
+def _rotary_bytes(row: Architecture, config: ConfigValues, sizes: Sizes, layers: int) -> int:
+    """Each set of rotary frequencies, twice, for every second element that is rotated."""
     rotated = sizes.rope_dim if is_latent(row) else sizes.head_dim
     factor = config.raw("partial_rotary_factor")
     if isinstance(factor, float) and 0 < factor < 1:
         rotated = int(rotated * factor)
     kinds = {cache.kind for cache in layer_caches(row, config, sizes, layers)}
     sets = min(row.rotary_sets, max(len(kinds), 1))
-    return 4 * (sets * 2 * (rotated // 2) + row.scaled_embedding)
+    return 4 * sets * 2 * (rotated // 2)
 
 
 def _spec_tensors(
