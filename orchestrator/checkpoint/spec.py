@@ -99,6 +99,12 @@ class ModelSpec:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
+    def mlp_elements(self) -> int:
+        """Elements that the widest MLP of a layer has for one token: gate and up, of experts also their inputs."""
+        routed = self.experts_per_token * (2 * self.expert_intermediate + 2 * self.hidden)
+        return max(2 * self.intermediate, routed)
+
+    @property
     def vision_bytes(self) -> int:
         """Of the image encoder and its projection, which are no part of the language model."""
         return sum(tensor.nbytes for tensor in self.tensors if tensor.role == "vision")

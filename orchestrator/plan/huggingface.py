@@ -96,7 +96,7 @@ def scratch_bytes(spec: ModelSpec, ask: Ask, context: int) -> int:
     size = DTYPE_BYTES[ask.dtype]
     tokens = ask.max_in_flight * context
     attention = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
-    activations = tokens * (3 * spec.hidden + attention + 2 * spec.intermediate) * size
+    activations = tokens * (3 * spec.hidden + attention + spec.mlp_elements) * size
     mask = ask.max_in_flight * context * context * size
     logits = 2 * ask.max_in_flight * spec.vocab * 4
     linears = [math.prod(t.shape) for t in spec.tensors if t.role == "linear"]
