@@ -24,9 +24,10 @@ class ConfigValues:
         return next((values[key] for values in self._layers if key in values), None)
 
     def said(self, *keys: str) -> int | None:
-        """What config.json itself says under the first of the keys that it has, as a size."""
-        found = [key for key in keys if any(key in values for values in self._layers[:2])]
-        return self.maybe(found[0]) if found else None
+        """What config.json itself says under the first of the keys that is not null, as a size."""
+        there = (key for key in keys if any(values.get(key) is not None for values in self._layers[:2]))
+        key = next(there, None)
+        return None if key is None else self.maybe(key)
 
     def maybe(self, key: str, least: int = 1) -> int | None:
         value = self.raw(key)

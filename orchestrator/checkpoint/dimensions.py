@@ -92,12 +92,17 @@ def configured(row: Architecture, config: ConfigValues) -> Sizes:
         CheckpointError: a size that is missing or none.
     """
     hidden, heads = config.need("hidden_size"), config.need("num_attention_heads")
-    head_dim = config.maybe("head_dim") or config.maybe("kv_channels") or row.head_dim or max(hidden // heads, 1)
+    kv_heads = config.maybe("num_key_value_heads") or heads
+    head_dim = config.maybe("head_dim") or config.maybe("kv_channels") or row.head_dim
+    if not head_dim and hidden % heads and not is_latent(row):
+        raise CheckpointError(f"{config.where}: num_attention_heads is {heads}, which does not divide {hidden}")
+    if heads % kv_heads and not is_latent(row):
+        raise CheckpointError(f"{config.where}: num_key_value_heads is {kv_heads}, which does not divide {heads} heads")
     sizes = Sizes(
         hidden=hidden,
         heads=heads,
-        kv_heads=config.maybe("num_key_value_heads") or heads,
-        head_dim=head_dim,
+        kv_heads=kv_heads,
+        head_dim=head_dim or hidden // heads,
         intermediate=config.need("intermediate_size") // (2 if row.halved else 1),
         vocab=config.need("vocab_size"),
     )

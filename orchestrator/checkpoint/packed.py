@@ -36,7 +36,7 @@ def _awq(module: _Shapes, bits: int) -> Shape | None:
 
 
 def _exl2(module: _Shapes, bits: int) -> Shape | None:
-    """The columns are padded to 32, so a vocabulary may be a little smaller than they say."""
+    """The columns are padded to 32 (see `PADDED`)."""
     if "q_weight" not in module or "q_invperm" not in module:
         return None
     return _two(module["q_weight"])[1], module["q_invperm"].parameters
@@ -71,6 +71,9 @@ _FORMATS: dict[str, Callable[[_Shapes, int], Shape | None]] = {
     "bitsandbytes": _eight_bit,
 }
 """quant_method of a quantization_config -> how a packed linear's (out, in) is read off."""
+
+PADDED = ("exl2",)
+"""Methods that store more columns than there are: where config.json says fewer, it is right."""
 
 
 def unpacked_shapes(tensors: Mapping[str, TensorInfo], quantization: dict[str, Any]) -> dict[str, Shape]:

@@ -27,7 +27,7 @@ from orchestrator.checkpoint.dimensions import (
     model_parts,
 )
 from orchestrator.checkpoint.folder import Checkpoint
-from orchestrator.checkpoint.packed import unpacked_shapes
+from orchestrator.checkpoint.packed import PADDED, unpacked_shapes
 from orchestrator.checkpoint.tensors import DTYPES, PLAIN_FLOATS, TensorInfo
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
@@ -249,14 +249,22 @@ def _sizes(
     if all(name in shapes for name, _ in parts):
         try:
             sizes = measured(parts, shapes, row, config, where)
-        except CheckpointError:
-            pass  # read otherwise than this method packs: then config.json is all there is
+            against = list(contradictions(sizes, row, config))
+        except CheckpointError:  # packed otherwise than this method packs: then config.json is all there is
+            against = []
+            padded = True
         else:
-            notes.append("the weights are quantized: dimensions are read off their packed shapes")
-            notes.extend(contradictions(sizes, row, config))
-            return sizes
-    notes.append("the weights are quantized: dimensions are config.json's")
-    return configured(row, config)
+            padded = bool(against) and quantization.get("quant_method") in PADDED
+        if not padded:
+            return _noted(
+                sizes, notes, "the weights are quantized: dimensions are read off their packed shapes", against
+            )
+    return _noted(configured(row, config), notes, "the weights are quantized: dimensions are config.json's", [])
+
+
+def _noted(sizes: Sizes, notes: list[str], note: str, more: list[str]) -> Sizes:
+    notes += [note, *more]
+    return sizes
 
 
 def _missing(checkpoint: Checkpoint, name: str, layers: int) -> CheckpointError:
@@ -270,7 +278,9 @@ def _missing(checkpoint: Checkpoint, name: str, layers: int) -> CheckpointError:
 def _rotary_bytes(row: Architecture, config: ConfigValues, sizes: Sizes, layers: int) -> int:
     """Each set of rotary frequencies, twice, for every second element that is rotated."""
     rotated = sizes.rope_dim if is_latent(row) else sizes.head_dim
-    factor = config.raw("partial_rotary_factor")
+    rope = config.raw("rope_parameters")  # where transformers 5 writes it
+    nested = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
+    factor = config.raw("partial_rotary_factor") if nested is None else nested
     if isinstance(factor, float) and 0 < factor < 1:
         rotated = int(rotated * factor)
     kinds = {cache.kind for cache in layer_caches(row, config, sizes, layers)}

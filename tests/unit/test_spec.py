@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import write_json
+from checkpoints import CONFIG, model_tensors, save, write_json, write_model
 from published_models import PUBLISHED
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from orchestrator.checkpoint.architectures import ARCHITECTURES
 from orchestrator.checkpoint.bare import from_config, open_to_plan
@@ -86,6 +88,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 5}),
     "gemma3": ("Gemma3", {"head_dim": 16, "sliding_window": 5, "sliding_window_pattern": 2}),
     "phi3": ("Phi3", {}),
+    "phi3, half of a head rotated": ("Phi3", {"partial_rotary_factor": 0.5}),
     "phi3 with a window": ("Phi3", {"sliding_window": 5}),
     "deepseek v2": ("DeepseekV2", MLA),
     "deepseek v2 lite": ("DeepseekV2", {**MLA, "q_lora_rank": None}),
@@ -257,3 +260,228 @@ def test_published_models_have_the_published_size(name: str, tmp_path: Path) -> 
     spec = model_spec(from_config(tmp_path))
     assert spec.parameters == parameters
     assert spec.nbytes == 2 * parameters
+
+
+# Architectures of remote code, which transformers does not have
+
+REMOTE: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
+    "InternLMForCausalLM": (
+        {"bias": True},
+        {"model.layers.1.self_attn.o_proj.bias": (32,), "model.layers.1.mlp.up_proj.weight": (48, 32)},
+    ),
+    "InternLM2ForCausalLM": (
+        {"bias": False, "num_key_value_heads": 2},
+        {
+            "model.tok_embeddings.weight": (80, 32),
+            "model.layers.1.attention.wqkv.weight": (64, 32),
+            "model.layers.1.attention.wo.weight": (32, 32),
+            "model.layers.1.feed_forward.w2.weight": (32, 48),
+            "model.layers.1.ffn_norm.weight": (32,),
+            "output.weight": (80, 32),
+        },
+    ),
+    "QWenLMHeadModel": (
+        {"intermediate_size": 96, "kv_channels": 8, "seq_length": 64, "max_position_embeddings": None},
+        {
+            "transformer.wte.weight": (80, 32),
+            "transformer.h.1.attn.c_attn.weight": (96, 32),
+            "transformer.h.1.attn.c_attn.bias": (96,),
+            "transformer.h.1.mlp.w1.weight": (48, 32),
+            "transformer.h.1.mlp.c_proj.weight": (32, 48),
+            "transformer.ln_f.weight": (32,),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REMOTE)
+def test_names_of_remote_code(name: str, tmp_path: Path) -> None:
+    more, wanted = REMOTE[name]
+    values = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
+    write_json(tmp_path / "config.json", {**values, "architectures": [name], **more})
+    derived = model_spec(open_to_plan(tmp_path))
+    assert wanted.items() <= language(derived).items()
+    tensors = {tensor.name: torch.zeros(tensor.shape) for tensor in derived.tensors}
+    eyes = {"transformer.visual.conv1.weight": torch.zeros(4, 3, 2, 2)} if name == "QWenLMHeadModel" else {}
+    save(tmp_path / "model.safetensors", tensors | eyes)
+    there = of(tmp_path)
+    for field in ("hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab", "layer_caches", "max_context"):
+        assert getattr(there, field) == getattr(derived, field)
+    assert language(there) == language(derived)
+    assert (there.heads, there.head_dim, there.intermediate, there.max_context, there.notes) == (4, 8, 48, 64, ())
+    assert there.vision_bytes == (4 * 48 if eyes else 0)
+
+
+def test_draft_layers_are_left_out(saved: dict[str, tuple[Any, Path]], tmp_path: Path) -> None:
+    folder = saved["deepseek v3"][1]
+    tensors = load_file(folder / "model.safetensors")
+    drafts = {name.replace("layers.2", "layers.3"): t.clone() for name, t in tensors.items() if "layers.2" in name}
+    save(tmp_path / "model.safetensors", tensors | drafts)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    spec = of(tmp_path)
+    assert (spec.layers, spec.parameters) == (3, of(folder).parameters)
+    assert any("predict tokens ahead" in note for note in spec.notes)
+
+
+def test_the_headers_win_in_every_kind_of_layer(saved: dict[str, tuple[Any, Path]], tmp_path: Path) -> None:
+    wrong = {"num_experts": 9, "moe_intermediate_size": 7, "num_key_value_heads": 1, "head_dim": 4}
+    spec = changed(saved["qwen3 moe"][1], tmp_path / "moe", num_local_experts=None, **wrong)
+    assert (spec.experts, spec.expert_intermediate, spec.kv_heads, spec.head_dim) == (4, 24, 2, 16)
+    assert [key for key in wrong if any(f"says {key} " in note for note in spec.notes)] == list(wrong)
+    wrong = {"kv_lora_rank": 9, "qk_rope_head_dim": 2, "qk_nope_head_dim": 3, "v_head_dim": 5, "q_lora_rank": 6}
+    spec = changed(saved["deepseek v3"][1], tmp_path / "mla", num_attention_heads=2, **wrong)
+    assert (spec.heads, spec.head_dim, spec.layer_caches[0].elements) == (4, 14, 20)
+    assert len(spec.notes) == 6
+
+
+def changed(folder: Path, copy: Path, **config: Any) -> ModelSpec:
+    """The spec of a copy with another config.json."""
+    copy.mkdir()
+    (copy / "model.safetensors").symlink_to(folder / "model.safetensors")
+    write_json(copy / "config.json", json.loads((folder / "config.json").read_text()) | config)
+    return of(copy)
+
+
+# Weights that are quantized already: linears of 4 bits in groups of 16
+
+
+def _gptq(out: int, into: int) -> dict[str, torch.Tensor]:
+    return {
+        "qweight": torch.zeros(into // 8, out, dtype=torch.int32),
+        "qzeros": torch.zeros(into // 16, out // 8, dtype=torch.int32),
+        "scales": torch.zeros(into // 16, out).half(),
+        "g_idx": torch.zeros(into, dtype=torch.int32),
+    }
+
+
+def _awq(out: int, into: int) -> dict[str, torch.Tensor]:
+    return _gptq(out, into) | {"qweight": torch.zeros(into, out // 8, dtype=torch.int32)}
+
+
+def _exl2(out: int, into: int) -> dict[str, torch.Tensor]:
+    out = -(-out // 32) * 32
+    return {
+        "q_weight": torch.zeros(into // 8, out, dtype=torch.int32),
+        "q_invperm": torch.zeros(into, dtype=torch.int32),
+        "q_scale": torch.zeros(1, out // 8, dtype=torch.int32),
+        "q_scale_max": torch.zeros(1).half(),
+        "q_groups": torch.zeros(2, dtype=torch.int16),
+    }
+
+
+def _compressed(out: int, into: int) -> dict[str, torch.Tensor]:
+    return {
+        "weight_packed": torch.zeros(out, into // 8, dtype=torch.int32),
+        "weight_scale": torch.zeros(out, into // 16).half(),
+        "weight_shape": torch.tensor([out, into]),
+    }
+
+
+def _fp8(out: int, into: int) -> dict[str, torch.Tensor]:
+    return {"weight": torch.zeros(out, into).to(torch.float8_e4m3fn), "weight_scale_inv": torch.zeros(1, 1)}
+
+
+def _nf4(out: int, into: int) -> dict[str, torch.Tensor]:
+    return {
+        "weight": torch.zeros(out * into // 2, 1, dtype=torch.uint8),
+        "weight.absmax": torch.zeros(out * into // 64),
+    }
+
+
+GROUPS = {"config_groups": {"group_0": {"weights": {"num_bits": 4}}}}
+PACKED = {
+    "gptq": (_gptq, {"quant_method": "gptq", "bits": 4}, True),
+    "gptq v2": (_gptq, {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}, True),
+    "awq": (_awq, {"quant_method": "awq", "bits": 4}, True),
+    "exl2": (_exl2, {"quant_method": "exl2", "bits": 4.0}, False),  # 16 columns are stored as 32
+    "compressed-tensors": (_compressed, {"quant_method": "compressed-tensors", **GROUPS}, True),
+    "fp8": (_fp8, {"quant_method": "fp8"}, True),
+    "bitsandbytes": (_nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True}, False),
+    "unheard of": (_gptq, {"quant_method": ["x"]}, False),
+}
+
+
+@pytest.mark.parametrize("method", PACKED)
+def test_dimensions_of_packed_weights(method: str, tmp_path: Path) -> None:
+    pack, quantization, readable = PACKED[method]
+    tensors = {}
+    for name, tensor in model_tensors(dtype=torch.float16).items():
+        module = name.removesuffix(".weight")
+        packed = pack(*tensor.shape) if "proj" in name else {"weight": tensor}
+        tensors |= {f"{module}.{part}": value for part, value in packed.items()}
+    right = of(write_model(tmp_path / "right", tensors, config={"quantization_config": quantization}))
+    assert (right.heads, right.kv_heads, right.head_dim, right.intermediate, right.hidden) == (4, 2, 8, 48, 32)
+    assert (right.quantization, right.dtype) == (quantization, "F16")
+    wrong = {"intermediate_size": 24, "quantization_config": quantization}
+    spec = of(write_model(tmp_path / "wrong", tensors, config=wrong))
+    assert spec.intermediate == (48 if readable else 24)
+    assert any(("packed shapes" if readable else "config.json's") in note for note in spec.notes)
+
+
+def test_quantized_weights_cannot_be_made_up(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {**CONFIG, "quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(CheckpointError, match="of quantized weights, and there are none"):
+        open_to_plan(tmp_path)
+
+
+# A config.json that makes no sense, with weights and without
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "value"),
+    [
+        ("llama", "hidden_size", "32"),
+        ("llama", "num_attention_heads", -4),
+        ("llama", "num_attention_heads", 5),
+        ("llama", "num_key_value_heads", [2]),
+        ("llama", "num_key_value_heads", 3),
+        ("llama", "vocab_size", 2**60),
+        ("llama", "vocab_size", 80.0),
+        ("llama", "num_hidden_layers", True),
+        ("llama", "num_hidden_layers", 10**6),
+        ("llama", "max_position_embeddings", "long"),
+        ("llama", "attention_bias", "yes"),
+        ("llama", "dtype", 7),
+        ("llama", "dtype", "int4"),
+        ("llama", "text_config", [1]),
+        ("mistral", "sliding_window", -1),
+        ("mistral", "sliding_window", {"size": 4}),
+        ("gemma2", "layer_types", "full_attention"),
+        ("gemma2", "layer_types", ["full_attention"]),
+        ("gemma2", "layer_types", ["linear_attention"] * 3),
+        ("gemma2", "layer_types", [["full_attention"]] * 3),
+        ("mixtral", "num_local_experts", 10**9),
+        ("qwen3 moe", "mlp_only_layers", "0"),
+        ("qwen3 moe", "decoder_sparse_step", 0),
+        ("deepseek v3", "kv_lora_rank", None),
+        ("deepseek v3", "q_lora_rank", [12]),
+        ("deepseek v3", "first_k_dense_replace", "1"),
+    ],
+)
+def test_a_strange_value_is_named(
+    saved: dict[str, tuple[Any, Path]], tmp_path: Path, model: str, key: str, value: object
+) -> None:
+    values = json.loads((saved[model][1] / "config.json").read_text())
+    if key in ("num_attention_heads", "num_key_value_heads"):
+        values.pop("head_dim", None)
+    write_json(tmp_path / "config.json", values | {key: value})
+    with pytest.raises(CheckpointError) as caught:
+        model_spec(open_to_plan(tmp_path))
+    named = {"num_hidden_layers": "layers", "num_local_experts": "experts"}
+    assert named.get(key, key) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_sizes_beyond_reason_are_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {**CONFIG, "vocab_size": 2**39, "hidden_size": 2**39, "head_dim": 8})
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight would take"):
+        open_to_plan(tmp_path)
+
+
+def test_an_unknown_architecture_is_told_with_what_is_known(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, config={"architectures": ["NovelForCausalLM"]})
+    with pytest.raises(CheckpointError, match=r"NovelForCausalLM is not supported; its 21 tensors take 0\.00 GiB"):
+        of(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="NovelForCausalLM is not supported"):
+        open_to_plan(folder)
