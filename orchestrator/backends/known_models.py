@@ -12,6 +12,8 @@ def _causal(*names: str) -> frozenset[str]:
     return frozenset(f"{name}ForCausalLM" for name in names)
 
 
+FIRST = _causal("Llama")  # what every engine here was written with
+
 # What exllamav2 0.3.2 knows by name (its architecture.py), text models only. Anything else it loads as a Llama, with
 # no more than a printed warning.
 EXLLAMAV2 = _causal(
@@ -33,16 +35,26 @@ COUNTED: dict[str, frozenset[str]] = {
     "transformers": _TRANSFORMERS,
     "bitsandbytes": _TRANSFORMERS,
     # Its latent attention is not counted: it is kept whole on every rank, in a layout of each kernel's own.
-    "vllm": _DENSE | _causal("Gemma3", "Phi3", "Mixtral", "Qwen2Moe", "Qwen3Moe"),
+    "vllm": _DENSE | _causal("Gemma3", "Phi3", "Mixtral", "Qwen2Moe", "Qwen3Moe", "InternLM", "InternLM2"),
     # It splits fused linears and quantizes experts one by one, which its memory model does not know yet.
     "exllamav2": _DENSE,
 }
-"""Backend -> architectures whose memory its model counts."""
+"""Backend -> architectures whose memory its model counts; one that is not here: `FIRST`."""
 
 TRIED: dict[str, frozenset[str]] = {
     "transformers": _TRANSFORMERS,
     "bitsandbytes": _TRANSFORMERS,
-    "vllm": _causal("Llama"),
-    "exllamav2": _causal("Llama"),
+    "vllm": FIRST,
+    "exllamav2": FIRST,
 }
-"""Backend -> architectures with which it was run here; of the others a plan says so."""
+"""Backend -> architectures with which it was run here; of the others a plan says so. One that is not here: `FIRST`."""
+
+
+def counted(backend: str) -> frozenset[str]:
+    """Architectures whose memory on this backend is known."""
+    return COUNTED.get(backend, FIRST)
+
+
+def tried(backend: str) -> frozenset[str]:
+    """Architectures with which this backend was run."""
+    return TRIED.get(backend, FIRST)

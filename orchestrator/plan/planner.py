@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from orchestrator.backends.known_models import COUNTED, LOADED, TRIED
+from orchestrator.backends.known_models import LOADED, counted, tried
 from orchestrator.backends.table import BACKENDS, METHODS, Backend
 from orchestrator.checkpoint.spec import ModelSpec
 from orchestrator.checkpoint.trust import shown
@@ -42,7 +42,7 @@ def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
         )
     asks = list(_asks(config, spec, hardware))
     if not asks:
-        if not any(spec.architecture in known for known in COUNTED.values()):
+        if not any(spec.architecture in counted(name) for name in BACKENDS):
             raise ConfigError(f"what an engine needs for a {spec.architecture} is not known here; {_known(spec)}")
         raise ConfigError(_nothing_matches(config))
     candidates = [_estimate(config, spec, hardware, ask) for ask in asks]
@@ -51,7 +51,7 @@ def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
 
 
 def _untried(candidates: list[Candidate], spec: ModelSpec) -> Iterator[str]:
-    names = [name for name in dict.fromkeys(c.backend for c in candidates) if spec.architecture not in TRIED[name]]
+    names = [name for name in dict.fromkeys(c.backend for c in candidates) if spec.architecture not in tried(name)]
     if names:
         yield f"{' and '.join(names)} with a {spec.architecture}: planned by the engine's rules, and never tried here"
 
@@ -126,10 +126,10 @@ def _refusal(backend: Backend, spec: ModelSpec, hardware: Hardware) -> Orchestra
             f"backend={backend.name} does not know the architecture {spec.architecture}, and would load it as another",
             "Use another backend (backend=auto chooses one).",
         )
-    if spec.architecture not in COUNTED[backend.name]:
+    if spec.architecture not in counted(backend.name):
         return ConfigError(
             f"what backend={backend.name} needs for a {spec.architecture} is not known here; {_known(spec)}",
-            f"It is known of {', '.join(sorted(COUNTED[backend.name]))}.",
+            f"It is known of {', '.join(sorted(counted(backend.name)))}.",
         )
     return None
 

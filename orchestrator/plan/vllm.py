@@ -31,9 +31,9 @@ HOST_CORE = 1050 * MIB
 HOST_RANK = 640 * MIB
 CUDA_HOST_RANK = 3000 * MIB  # with CUDA the libraries take more
 _KEYS, _VALUES = "self_attn.k_proj", "self_attn.v_proj"
-_FUSED = "self_attn.qkv_proj"
-_MLP_ROWS = (".gate_proj.weight", ".up_proj.weight")
-_ROWWISE = ("o_proj", "down_proj")  # the input is sharded, and a bias is not
+_FUSED = ("self_attn.qkv_proj", "attention.wqkv")
+_MLP_ROWS = (".gate_proj.weight", ".up_proj.weight", "feed_forward.w1.weight")
+_ROWWISE = ("o_proj", "down_proj", "attention.wo")  # the input is sharded, and a bias is not
 
 
 @dataclass(frozen=True)
