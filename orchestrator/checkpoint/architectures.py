@@ -9,98 +9,28 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from orchestrator.checkpoint.parts import (
+    ALL_BIASES,
+    ATTENTION,
+    EXPERTS,
+    GEMMA_NORMS,
+    HEAD_NORMS,
+    LATENT_ATTENTION,
+    MLP,
+    MLP_BIASES,
+    NORMS,
+    QKV_BIASES,
+    ROUTER,
+    STACKED,
+    Part,
+    biases,
+    expert,
+    linear,
+    norms,
+    shared,
+)
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class Part:
-    """One tensor of a layer.
-
-    Attributes:
-        name: within the layer; {} is the number of an expert.
-        shape: its dimensions by name (see `dimensions.DIMENSIONS`).
-        role: "linear", "expert" or "other".
-        when: the key of config.json that has to be true, not zero and not null; "!key": the opposite; "": always.
-    """
-
-    name: str
-    shape: tuple[str, ...]
-    role: str = "other"
-    when: str = ""
-
-
-def _linear(module: str, out: str, into: str, when: str = "") -> Part:
-    return Part(f"{module}.weight", (out, into), "linear", when)
-
-
-def _expert(module: str, out: str, into: str) -> Part:
-    return Part(f"{module}.weight", (out, into), "expert")
-
-
-def _biases(when: str, **parts: str) -> tuple[Part, ...]:
-    """Of linears of the attention block, `module=rows`."""
-    return tuple(Part(f"self_attn.{module}.bias", (rows,), when=when) for module, rows in parts.items())
-
-
-def _norms(*modules: str) -> tuple[Part, ...]:
-    return tuple(Part(f"{module}.weight", ("hidden",)) for module in modules)
-
-
-_NORMS = _norms("input_layernorm", "post_attention_layernorm")
-_GEMMA_NORMS = (*_NORMS, *_norms("pre_feedforward_layernorm", "post_feedforward_layernorm"))
-_HEAD_NORMS = (Part("self_attn.q_norm.weight", ("head_dim",)), Part("self_attn.k_norm.weight", ("head_dim",)))
-_ATTENTION = (
-    _linear("self_attn.q_proj", "queries", "hidden"),
-    _linear("self_attn.k_proj", "keys", "hidden"),
-    _linear("self_attn.v_proj", "keys", "hidden"),
-    _linear("self_attn.o_proj", "hidden", "queries"),
-)
-_QKV_BIASES = _biases("", q_proj="queries", k_proj="keys", v_proj="keys")
-_ALL_BIASES = _biases("attention_bias", q_proj="queries", k_proj="keys", v_proj="keys", o_proj="hidden")
-_MLP = (
-    _linear("mlp.gate_proj", "intermediate", "hidden"),
-    _linear("mlp.up_proj", "intermediate", "hidden"),
-    _linear("mlp.down_proj", "hidden", "intermediate"),
-)
-_MLP_BIASES = (
-    Part("mlp.gate_proj.bias", ("intermediate",), when="mlp_bias"),
-    Part("mlp.up_proj.bias", ("intermediate",), when="mlp_bias"),
-    Part("mlp.down_proj.bias", ("hidden",), when="mlp_bias"),
-)
-_ROUTER = Part("mlp.gate.weight", ("experts", "hidden"))
-_EXPERTS = (
-    _expert("mlp.experts.{}.gate_proj", "expert_intermediate", "hidden"),
-    _expert("mlp.experts.{}.up_proj", "expert_intermediate", "hidden"),
-    _expert("mlp.experts.{}.down_proj", "hidden", "expert_intermediate"),
-)
-# The experts of a layer as one parameter each way, as transformers 5 holds them, and saves them where it is told to.
-_STACKED = (
-    Part("mlp.experts.gate_up_proj", ("experts", "expert_gate_up", "hidden"), "expert"),
-    Part("mlp.experts.down_proj", ("experts", "hidden", "expert_intermediate"), "expert"),
-)
-# DeepSeek's: keys and values come out of one small vector per token, which is what is cached.
-_LATENT_ATTENTION = (
-    _linear("self_attn.q_proj", "latent_queries", "hidden", when="!q_lora_rank"),
-    _linear("self_attn.q_a_proj", "query_rank", "hidden", when="q_lora_rank"),
-    Part("self_attn.q_a_layernorm.weight", ("query_rank",), when="q_lora_rank"),
-    _linear("self_attn.q_b_proj", "latent_queries", "query_rank", when="q_lora_rank"),
-    _linear("self_attn.kv_a_proj_with_mqa", "latent", "hidden"),
-    Part("self_attn.kv_a_layernorm.weight", ("key_rank",)),
-    _linear("self_attn.kv_b_proj", "latent_keys", "key_rank"),
-    _linear("self_attn.o_proj", "hidden", "latent_values"),
-    *_biases("attention_bias", kv_a_proj_with_mqa="latent", o_proj="hidden"),
-    Part("self_attn.q_a_proj.bias", ("query_rank",), when="attention_bias"),
-)
-
-
-def _shared(module: str) -> tuple[Part, ...]:
-    """The experts that every token passes through, which are ordinary linears."""
-    return (
-        _linear(f"{module}.gate_proj", "shared_intermediate", "hidden"),
-        _linear(f"{module}.up_proj", "shared_intermediate", "hidden"),
-        _linear(f"{module}.down_proj", "hidden", "shared_intermediate"),
-    )
 
 
 @dataclass(frozen=True)
@@ -128,8 +58,8 @@ class Architecture:
     head: str = "lm_head.weight"
     final_norm: str = "model.norm.weight"
     layer: str = "model.layers.{}."
-    every: tuple[Part, ...] = (*_ATTENTION, *_ALL_BIASES, *_NORMS)
-    dense: tuple[Part, ...] = (*_MLP, *_MLP_BIASES)
+    every: tuple[Part, ...] = (*ATTENTION, *ALL_BIASES, *NORMS)
+    dense: tuple[Part, ...] = (*MLP, *MLP_BIASES)
     sparse: tuple[Part, ...] = ()
     stacked: tuple[Part, ...] = ()
     elsewhere: tuple[tuple[str, str], ...] = ()
@@ -157,8 +87,8 @@ class Architecture:
 
 
 _GEMMA = Architecture(
-    every=(*_ATTENTION, *_ALL_BIASES, *_NORMS),
-    dense=_MLP,
+    every=(*ATTENTION, *ALL_BIASES, *NORMS),
+    dense=MLP,
     tied=True,
     head_dim=256,
     max_context=8192,
@@ -167,13 +97,13 @@ _GEMMA = Architecture(
 )
 _GEMMA2 = replace(
     _GEMMA,
-    every=(*_ATTENTION, *_ALL_BIASES, *_GEMMA_NORMS),
+    every=(*ATTENTION, *ALL_BIASES, *GEMMA_NORMS),
     sliding="even",
     defaults={"sliding_window": 4096, "num_key_value_heads": 4},
 )
 _GEMMA3 = replace(
     _GEMMA2,
-    every=(*_ATTENTION, *_ALL_BIASES, *_GEMMA_NORMS, *_HEAD_NORMS),
+    every=(*ATTENTION, *ALL_BIASES, *GEMMA_NORMS, *HEAD_NORMS),
     sliding="pattern",
     max_context=131072,
     rotary_sets=2,
@@ -190,8 +120,8 @@ _GEMMA3 = replace(
     },
 )
 _QWEN2 = Architecture(
-    every=(*_ATTENTION, *_QKV_BIASES, *_NORMS),
-    dense=_MLP,
+    every=(*ATTENTION, *QKV_BIASES, *NORMS),
+    dense=MLP,
     max_context=32768,
     sliding="after",
     window_switch=True,
@@ -203,15 +133,15 @@ _QWEN2_VL = replace(
     defaults={"sliding_window": 4096, "max_window_layers": 80, "num_key_value_heads": 8},
 )
 _DEEPSEEK_V3 = Architecture(
-    every=(*_LATENT_ATTENTION, *_NORMS),
-    dense=_MLP,
+    every=(*LATENT_ATTENTION, *NORMS),
+    dense=MLP,
     sparse=(
-        _ROUTER,
+        ROUTER,
         Part("mlp.gate.e_score_correction_bias", ("experts",)),
-        *_shared("mlp.shared_experts"),
-        *_EXPERTS,
+        *shared("mlp.shared_experts"),
+        *EXPERTS,
     ),
-    stacked=_STACKED,
+    stacked=STACKED,
     max_context=4096,
     sliding="none",
     draft_layers="num_nextn_predict_layers",
@@ -232,22 +162,22 @@ _DEEPSEEK_V3 = Architecture(
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(sliding="none"),
     "MistralForCausalLM": Architecture(
-        every=(*_ATTENTION, *_NORMS),
-        dense=_MLP,
+        every=(*ATTENTION, *NORMS),
+        dense=MLP,
         max_context=131072,
         defaults={"sliding_window": 4096, "num_key_value_heads": 8},
     ),
     "MixtralForCausalLM": Architecture(
-        every=(*_ATTENTION, *_NORMS),
+        every=(*ATTENTION, *NORMS),
         dense=(),
         sparse=(
             Part("block_sparse_moe.gate.weight", ("experts", "hidden")),
-            _expert("block_sparse_moe.experts.{}.w1", "intermediate", "hidden"),
-            _expert("block_sparse_moe.experts.{}.w3", "intermediate", "hidden"),
-            _expert("block_sparse_moe.experts.{}.w2", "hidden", "intermediate"),
+            expert("block_sparse_moe.experts.{}.w1", "intermediate", "hidden"),
+            expert("block_sparse_moe.experts.{}.w3", "intermediate", "hidden"),
+            expert("block_sparse_moe.experts.{}.w2", "hidden", "intermediate"),
         ),
         stacked=(
-            _ROUTER,
+            ROUTER,
             Part("mlp.experts.gate_up_proj", ("experts", "gate_up", "hidden"), "expert"),
             Part("mlp.experts.down_proj", ("experts", "hidden", "intermediate"), "expert"),
         ),
@@ -257,14 +187,14 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": _QWEN2,
     "Qwen2MoeForCausalLM": replace(
         _QWEN2,
-        every=(*_ATTENTION, *_biases("qkv_bias", q_proj="queries", k_proj="keys", v_proj="keys"), *_NORMS),
+        every=(*ATTENTION, *biases("qkv_bias", q_proj="queries", k_proj="keys", v_proj="keys"), *NORMS),
         sparse=(
-            _ROUTER,
-            *_shared("mlp.shared_expert"),
-            _linear("mlp.shared_expert_gate", "one", "hidden"),
-            *_EXPERTS,
+            ROUTER,
+            *shared("mlp.shared_expert"),
+            linear("mlp.shared_expert_gate", "one", "hidden"),
+            *EXPERTS,
         ),
-        stacked=_STACKED,
+        stacked=STACKED,
         sliding="even below",
         defaults={
             "qkv_bias": True,
@@ -277,12 +207,12 @@ ARCHITECTURES = {
             "shared_expert_intermediate_size": 5632,
         },
     ),
-    "Qwen3ForCausalLM": replace(_QWEN2, every=(*_ATTENTION, *_ALL_BIASES, *_NORMS, *_HEAD_NORMS), head_dim=128),
+    "Qwen3ForCausalLM": replace(_QWEN2, every=(*ATTENTION, *ALL_BIASES, *NORMS, *HEAD_NORMS), head_dim=128),
     "Qwen3MoeForCausalLM": replace(
         _QWEN2,
-        every=(*_ATTENTION, *_ALL_BIASES, *_NORMS, *_HEAD_NORMS),
-        sparse=(_ROUTER, *_EXPERTS),
-        stacked=_STACKED,
+        every=(*ATTENTION, *ALL_BIASES, *NORMS, *HEAD_NORMS),
+        sparse=(ROUTER, *EXPERTS),
+        stacked=STACKED,
         sliding="all",
         defaults={
             "sliding_window": 4096,
@@ -305,20 +235,20 @@ ARCHITECTURES = {
     ),
     "Phi3ForCausalLM": Architecture(
         every=(
-            _linear("self_attn.qkv_proj", "fused", "hidden"),
-            _linear("self_attn.o_proj", "hidden", "queries"),
-            *_NORMS,
+            linear("self_attn.qkv_proj", "fused", "hidden"),
+            linear("self_attn.o_proj", "hidden", "queries"),
+            *NORMS,
         ),
-        dense=(_linear("mlp.gate_up_proj", "gate_up", "hidden"), _linear("mlp.down_proj", "hidden", "intermediate")),
+        dense=(linear("mlp.gate_up_proj", "gate_up", "hidden"), linear("mlp.down_proj", "hidden", "intermediate")),
         max_context=4096,
     ),
     "InternLMForCausalLM": Architecture(
         every=(
-            *_ATTENTION,
-            *_biases("bias", q_proj="queries", k_proj="keys", v_proj="keys", o_proj="hidden"),
-            *_NORMS,
+            *ATTENTION,
+            *biases("bias", q_proj="queries", k_proj="keys", v_proj="keys", o_proj="hidden"),
+            *NORMS,
         ),
-        dense=_MLP,
+        dense=MLP,
         sliding="none",
         defaults={"bias": True},
     ),
@@ -326,16 +256,16 @@ ARCHITECTURES = {
         embedding="model.tok_embeddings.weight",
         head="output.weight",
         every=(
-            _linear("attention.wqkv", "fused", "hidden"),
-            _linear("attention.wo", "hidden", "queries"),
+            linear("attention.wqkv", "fused", "hidden"),
+            linear("attention.wo", "hidden", "queries"),
             Part("attention.wqkv.bias", ("fused",), when="bias"),
             Part("attention.wo.bias", ("hidden",), when="bias"),
-            *_norms("attention_norm", "ffn_norm"),
+            *norms("attention_norm", "ffn_norm"),
         ),
         dense=(
-            _linear("feed_forward.w1", "intermediate", "hidden"),
-            _linear("feed_forward.w3", "intermediate", "hidden"),
-            _linear("feed_forward.w2", "hidden", "intermediate"),
+            linear("feed_forward.w1", "intermediate", "hidden"),
+            linear("feed_forward.w3", "intermediate", "hidden"),
+            linear("feed_forward.w2", "hidden", "intermediate"),
         ),
         sliding="none",
         defaults={"bias": True},
@@ -346,16 +276,16 @@ ARCHITECTURES = {
         final_norm="transformer.ln_f.weight",
         layer="transformer.h.{}.",
         every=(
-            _linear("attn.c_attn", "fused", "hidden"),
+            linear("attn.c_attn", "fused", "hidden"),
             Part("attn.c_attn.bias", ("fused",)),
-            _linear("attn.c_proj", "hidden", "queries"),
+            linear("attn.c_proj", "hidden", "queries"),
             Part("attn.c_proj.bias", ("hidden",), when="!no_bias"),
-            *_norms("ln_1", "ln_2"),
+            *norms("ln_1", "ln_2"),
         ),
         dense=(
-            _linear("mlp.w1", "intermediate", "hidden"),
-            _linear("mlp.w2", "intermediate", "hidden"),
-            _linear("mlp.c_proj", "hidden", "intermediate"),
+            linear("mlp.w1", "intermediate", "hidden"),
+            linear("mlp.w2", "intermediate", "hidden"),
+            linear("mlp.c_proj", "hidden", "intermediate"),
             Part("mlp.w1.bias", ("intermediate",), when="!no_bias"),
             Part("mlp.w2.bias", ("intermediate",), when="!no_bias"),
             Part("mlp.c_proj.bias", ("hidden",), when="!no_bias"),
@@ -369,8 +299,8 @@ ARCHITECTURES = {
     "Qwen2_5_VLForConditionalGeneration": _QWEN2_VL,
     "DeepseekV2ForCausalLM": replace(
         _DEEPSEEK_V3,
-        dense=(*_MLP, *_MLP_BIASES),
-        sparse=(_ROUTER, *_shared("mlp.shared_experts"), *_EXPERTS),
+        dense=(*MLP, *MLP_BIASES),
+        sparse=(ROUTER, *shared("mlp.shared_experts"), *EXPERTS),
         max_context=2048,
         draft_layers="",
         defaults={

@@ -1,13 +1,11 @@
 """What a model's headers and config say about it: the facts that planning needs. No torch, no data read."""
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.checkpoint.architectures import (
-    VISION,
     Architecture,
     architecture_name,
     architecture_of,
@@ -21,34 +19,19 @@ from orchestrator.checkpoint.dimensions import (
     Shape,
     Sizes,
     configured,
-    contradictions,
     is_latent,
-    measured,
     model_parts,
 )
 from orchestrator.checkpoint.folder import Checkpoint
+from orchestrator.checkpoint.measure import contradictions, measured
 from orchestrator.checkpoint.packed import PADDED, unpacked_shapes
-from orchestrator.checkpoint.tensors import DTYPES, PLAIN_FLOATS, TensorInfo
+from orchestrator.checkpoint.roles import SpecTensor as SpecTensor  # for those who have the spec
+from orchestrator.checkpoint.roles import layer_pattern, spec_tensors
+from orchestrator.checkpoint.tensors import PLAIN_FLOATS, TensorInfo
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
 
 _MAX_LAYERS = 10_000
-
-
-@dataclass(frozen=True)
-class SpecTensor:
-    """One tensor as planning sees it.
-
-    `role` is "embedding", "linear", "expert" (of one or of all experts of a layer), "head", "vision" (of an image
-    encoder or its projection) or "other"; packed tensors of a quantized linear are "other".
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
-    role: str
-    layer: int | None
 
 
 @dataclass(frozen=True)
@@ -133,7 +116,7 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
     tied = is_tied(checkpoint.config)
     layers = _layers(checkpoint, row, config, notes)
     sizes = _sizes(checkpoint, row, config, (layers, tied), quantization, notes)
-    tensors = tuple(_spec_tensors(checkpoint, row, config, layers, tied, quantization is not None, notes))
+    tensors = tuple(spec_tensors(checkpoint, row, layers, tied, quantization is not None, notes))
     return ModelSpec(
         architecture=architecture_name(checkpoint.config),
         model_type=shown(checkpoint.config.get("model_type", "")),
@@ -189,13 +172,8 @@ def _quantization(config: dict[str, Any], where: str) -> dict[str, Any] | None:
     return value
 
 
-def _layer_pattern(row: Architecture) -> re.Pattern[str]:
-    before, after = row.layer.split("{}")
-    return re.compile(rf"{re.escape(before)}(\d{{1,9}}){re.escape(after)}(.+)")
-
-
 def _layers(checkpoint: Checkpoint, row: Architecture, config: ConfigValues, notes: list[str]) -> int:
-    matches = (_layer_pattern(row).fullmatch(name) for name in checkpoint.tensors)
+    matches = (layer_pattern(row).fullmatch(name) for name in checkpoint.tensors)
     stored = max((int(match[1]) + 1 for match in matches if match), default=0)
     said = config.maybe("num_hidden_layers") or stored
     if max(stored, said) > _MAX_LAYERS:
@@ -286,51 +264,3 @@ def _rotary_bytes(row: Architecture, config: ConfigValues, sizes: Sizes, layers:
     kinds = {cache.kind for cache in layer_caches(row, config, sizes, layers)}
     sets = min(row.rotary_sets, max(len(kinds), 1))
     return 4 * sets * 2 * (rotated // 2)
-
-
-def _spec_tensors(
-    checkpoint: Checkpoint,
-    row: Architecture,
-    config: ConfigValues,
-    layers: int,
-    tied: bool,
-    packed: bool,
-    notes: list[str],
-) -> Iterator[SpecTensor]:
-    pattern = _layer_pattern(row)
-    head, embedding = checkpoint.tensors.get(row.head), checkpoint.tensors.get(row.embedding)
-    skipped = tied and head is not None and embedding is not None
-    if skipped and head is not None and embedding is not None and not head.shares_all(embedding):
-        notes.append(f"config.json ties {row.head} to {row.embedding}: the stored {row.head} is not counted")
-    roles = _Roles(row, packed)
-    for info in checkpoint.tensors.values():
-        if skipped and info.name == row.head:
-            continue
-        match = pattern.fullmatch(info.name)
-        layer = int(match[1]) if match else None
-        if layer is not None and layer >= layers:
-            continue
-        role = roles.of(info, match[2] if match else None)
-        yield SpecTensor(info.name, info.shape, info.dtype, info.nbytes, role, layer)
-
-
-class _Roles:
-    """The role of each tensor, by its name in the architecture's row."""
-
-    def __init__(self, row: Architecture, packed: bool) -> None:
-        self._ends = {row.embedding: "embedding", row.head: "head"}
-        self._packed = packed
-        self._parts = {part.name: part.role for part in (*row.every, *row.dense, *row.sparse, *row.stacked)}
-
-    def of(self, info: TensorInfo, within: str | None) -> str:
-        """Args: within: its name within its layer, if it is of one."""
-        if within is None:
-            body = re.sub(r"^(model|transformer)\.", "", info.name)
-            return "vision" if body.startswith(VISION) else self._ends.get(info.name, "other")
-        if self._packed and not DTYPES[info.dtype].floating:
-            return "other"
-        known = self._parts.get(re.sub(r"\.\d+\.", ".{}.", within))
-        if known is not None:
-            return known
-        matrix = len(info.shape) == 2 and within.endswith(".weight") and "norm" not in within
-        return "linear" if matrix else "other"
