@@ -59,7 +59,8 @@ def _untried(candidates: list[Candidate], spec: ModelSpec) -> Iterator[str]:
 def _known(spec: ModelSpec) -> str:
     """What can be said of a model that cannot be planned."""
     cache = spec.cache_elements(1)
-    return f"its weights take {spec.nbytes / GIB:.2f} GiB as they are, its cache {cache:,} elements a token"
+    eyes = f" ({spec.vision_bytes / GIB:.2f} of them the image encoder)" if spec.vision_bytes else ""
+    return f"its weights take {spec.nbytes / GIB:.2f} GiB{eyes} as they are, its cache {cache:,} elements a token"
 
 
 def must_fit(plan: Plan, config: Config, spec: ModelSpec, hardware: Hardware) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import CONFIG, model_tensors, save, write_json, write_model
+from checkpoints import CONFIG, Q_PROJ, model_tensors, save, write_adapter, write_json, write_model
 from published_models import PUBLISHED
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from orchestrator.checkpoint.adapter import open_adapter, targets
 from orchestrator.checkpoint.architectures import ARCHITECTURES
 from orchestrator.checkpoint.bare import from_config, open_to_plan
 from orchestrator.checkpoint.folder import open_checkpoint
@@ -416,6 +417,15 @@ def test_dimensions_of_packed_weights(method: str, tmp_path: Path) -> None:
     spec = of(write_model(tmp_path / "wrong", tensors, config=wrong))
     assert spec.intermediate == (48 if readable else 24)
     assert any(("packed shapes" if readable else "config.json's") in note for note in spec.notes)
+
+
+def test_an_adapter_is_held_against_a_config_alone(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", CONFIG)
+    adapter = open_adapter(write_adapter(tmp_path / "lora"))
+    assert list(targets(adapter, open_to_plan(tmp_path))) == [f"{Q_PROJ}.weight"]
+    write_json(tmp_path / "config.json", {**CONFIG, "hidden_size": 48, "head_dim": 8})
+    with pytest.raises(CheckpointError, match="trained on 32 inputs, this model has 48"):
+        targets(adapter, open_to_plan(tmp_path))
 
 
 def test_quantized_weights_cannot_be_made_up(tmp_path: Path) -> None:
