@@ -83,8 +83,8 @@ class ModelSpec:
 
     @property
     def mlp_elements(self) -> int:
-        """Elements that the widest MLP of a layer has for one token: gate and up, of experts also their inputs."""
-        routed = self.experts_per_token * (2 * self.expert_intermediate + 2 * self.hidden)
+        """A bound on what the widest MLP holds for a token: gate and up; of experts also inputs, products, outputs."""
+        routed = self.experts_per_token * (4 * self.expert_intermediate + 3 * self.hidden)
         return max(2 * self.intermediate, routed)
 
     @property

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import gc
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from architecture_models import MODELS, tiny
 
 from orchestrator.backends.hf_tensors import bytes_per_tensor
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.spec import model_spec
 from orchestrator.plan.huggingface import units
 from orchestrator.plan.types import Ask
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from test_spec import MODELS, tiny
 
 OPTIONS = {
     "none": {},
