@@ -402,3 +402,22 @@ def test_an_unknown_architecture_is_told_with_what_is_known(tmp_path: Path) -> N
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="NovelForCausalLM is not supported"):
         open_to_plan(folder)
+
+
+@pytest.mark.parametrize("label", ["qwen2 moe", "deepseek v3", "gemma3 with eyes"])
+def test_no_value_of_any_key_is_more_than_an_error(
+    saved: dict[str, tuple[Any, Path]], tmp_path: Path, label: str
+) -> None:
+    strange = (None, "4", -1, 0, 7, 2**39, 10**30, 1.5, True, [], ["x"], [[1]] * 3, {}, {"a": 1})
+    text = (saved[label][1] / "config.json").read_text()
+    plain = json.loads(text)
+    keys = [(key,) for key in plain] + [("text_config", key) for key in plain.get("text_config", {})]
+    for *outer, key in keys:
+        for value in strange:
+            values = json.loads(text)
+            (values[outer[0]] if outer else values)[key] = value
+            write_json(tmp_path / "config.json", values)
+            try:
+                model_spec(open_to_plan(tmp_path))
+            except CheckpointError as error:
+                assert "\n" not in str(error)
