@@ -21,6 +21,7 @@ settings.load_profile("tests")
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What the processes of pytest-xdist share out: files, whose fixtures are made once; all of vLLM's together, first.
 

@@ -1,6 +1,7 @@
 """What each engine can do, as data: the plan, the config checks and the interpreters read it. No engine is imported.
 
-A new engine is a row here, an adapter module and a memory model; nothing else names it.
+A new engine is a row here, its architectures in known_models.py, an adapter module and a memory model; nothing else
+names it.
 """
 
 from __future__ import annotations
@@ -68,7 +69,6 @@ class Backend:
         stages: "module:function" of the stages that turn merged safetensors into what it loads (see pipeline).
         dtypes: what it computes in, the automatic choice first; empty: whatever the device has.
         on_request: methods that run only where quant.method names them.
-        architectures: those that it loads as what they are; empty: whatever our checkpoint reader knows.
     """
 
     name: str
@@ -85,19 +85,7 @@ class Backend:
     stages: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
     on_request: frozenset[str] = frozenset()
-    architectures: frozenset[str] = frozenset()
 
-
-# What exllamav2 0.3.2 knows by name (its architecture.py), text models only. Anything else it loads as a Llama, with
-# no more than a printed warning.
-EXLLAMAV2_ARCHITECTURES = frozenset(
-    f"{name}ForCausalLM"
-    for name in (
-        *("Llama", "Mistral", "Mixtral", "Yi", "Orion", "Qwen2", "Qwen3", "Qwen3Moe", "Gemma", "Gemma2", "Starcoder2"),
-        *("Gemmoe", "Cohere", "Cohere2", "Dbrx", "Phi3", "GPTBigCode", "MiniCPM", "InternLM2", "Index", "Granite"),
-        "Glm4",
-    )
-)
 
 BACKENDS: dict[str, Backend] = {
     b.name: b
@@ -161,7 +149,6 @@ BACKENDS: dict[str, Backend] = {
             stages=("orchestrator.stages.exl2:quantize",),
             dtypes=("float16",),
             on_request=frozenset({"none"}),
-            architectures=EXLLAMAV2_ARCHITECTURES,
         ),
     )
 }

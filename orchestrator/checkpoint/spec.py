@@ -1,31 +1,37 @@
 """What a model's headers and config say about it: the facts that planning needs. No torch, no data read."""
 
-import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.checkpoint.architectures import Architecture, architecture_name, architecture_of, is_tied
+from orchestrator.checkpoint.architectures import (
+    Architecture,
+    architecture_name,
+    architecture_of,
+    is_tied,
+    layout_of,
+    located,
+)
+from orchestrator.checkpoint.caches import LayerCache, layer_caches
+from orchestrator.checkpoint.config_values import ConfigValues
+from orchestrator.checkpoint.dimensions import (
+    Shape,
+    Sizes,
+    configured,
+    is_latent,
+    model_parts,
+)
 from orchestrator.checkpoint.folder import Checkpoint
-from orchestrator.checkpoint.tensors import DTYPES, PLAIN_FLOATS, TensorInfo
+from orchestrator.checkpoint.measure import contradictions, measured
+from orchestrator.checkpoint.packed import PADDED, unpacked_shapes
+from orchestrator.checkpoint.roles import SpecTensor as SpecTensor  # for those who have the spec
+from orchestrator.checkpoint.roles import layer_pattern, spec_tensors
+from orchestrator.checkpoint.tensors import PLAIN_FLOATS, TensorInfo
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
 
-_MAX_CONFIG = 2**40
 _MAX_LAYERS = 10_000
-
-
-@dataclass(frozen=True)
-class SpecTensor:
-    """One tensor as planning sees it; `role` is "embedding", "linear", "head" or "other"."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
-    role: str
-    layer: int | None
 
 
 @dataclass(frozen=True)
@@ -33,13 +39,18 @@ class ModelSpec:
     """A model's dimensions, from its headers where they say them, else from its config.
 
     Attributes:
-        heads, kv_heads: of the attention; head_dim: size of one head, in elements.
+        heads, kv_heads: of the attention; head_dim: size of one head, in elements (with latent attention: of a query).
+        intermediate: of the layers that have one MLP.
         tied: the output head is the embedding (then `tensors` has no head).
         max_context: longest position of the config, in tokens.
         dtype: the commonest floating type of the weights by size, in safetensors' names.
         parameters: elements of `tensors`, as stored (packed ones count as what they are packed into).
         quantization: config.json's quantization_config; None for plain weights.
         notes: contradictions and how they were decided.
+        layer_caches: what each layer keeps for every token.
+        rotary_bytes: of the rotary frequencies that transformers keeps beside the weights, float32 whatever the dtype.
+        scaled_embedding: it also keeps one factor for the embedding, in the dtype.
+        experts: in each layer that has some; 0: none. experts_per_token: how many of them a token passes through.
     """
 
     architecture: str
@@ -58,38 +69,32 @@ class ModelSpec:
     quantization: dict[str, Any] | None
     notes: tuple[str, ...]
     tensors: tuple[SpecTensor, ...]
+    layer_caches: tuple[LayerCache, ...] = ()
+    rotary_bytes: int = 0
+    scaled_embedding: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate: int = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Of all weights as they are stored."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
-@dataclass(frozen=True)
-class _Sizes:
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
+    @property
+    def mlp_elements(self) -> int:
+        """A bound on what the widest MLP holds for a token: gate and up; of experts also inputs, products, outputs."""
+        routed = self.experts_per_token * (4 * self.expert_intermediate + 3 * self.hidden)
+        return max(2 * self.intermediate, routed)
 
+    @property
+    def vision_bytes(self) -> int:
+        """Of the image encoder and its projection, which are no part of the language model."""
+        return sum(tensor.nbytes for tensor in self.tensors if tensor.role == "vision")
 
-class _Config:
-    """config.json's numbers, checked one by one as they are asked for."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.values = checkpoint.config
-        self.where = shown(checkpoint.path / "config.json", 400)
-
-    def maybe(self, key: str) -> int | None:
-        value = self.values.get(key)
-        if value is None:
-            return None
-        if type(value) is not int or not 0 < value < _MAX_CONFIG:
-            raise CheckpointError(f"{self.where}: {key} is {shown(value, 40)}, not a positive whole number")
-        return value
-
-    def need(self, key: str) -> int:
-        value = self.maybe(key)
-        if value is None:
-            raise CheckpointError(f"{self.where} has no {key}")
-        return value
+    def cache_elements(self, context: int) -> int:
+        """Elements that all layers keep for a sequence of `context` tokens."""
+        return sum(cache.elements * cache.tokens(context) for cache in self.layer_caches)
 
 
 def model_spec(checkpoint: Checkpoint) -> ModelSpec:
@@ -101,32 +106,40 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
         CheckpointError: an unsupported architecture (the message lists the supported ones), a tensor that is
             missing (it names the first), shapes that contradict each other, a config value that is no size.
     """
-    config = _Config(checkpoint)
-    row = architecture_of(checkpoint.config, shown(checkpoint.path, 400))
+    where = shown(checkpoint.path, 400)
+    if layout_of(checkpoint.config) is None:
+        raise _unknown(checkpoint, where)
+    row = located(architecture_of(checkpoint.config, where), checkpoint.tensors)
+    config = ConfigValues(checkpoint.config, shown(checkpoint.path / "config.json", 400), row.defaults)
     quantization = _quantization(checkpoint.config, config.where)
     notes = list(checkpoint.notes)
     tied = is_tied(checkpoint.config)
     layers = _layers(checkpoint, row, config, notes)
-    if quantization is None:
-        _check_complete(checkpoint, row, layers, tied)
-        sizes = _measured(checkpoint, row, config, notes)
-        _check_shapes(checkpoint, row, layers, sizes, tied)
-    else:
-        sizes = _configured(row, config)
-        notes.append("the weights are quantized: dimensions are config.json's")
-    tensors = tuple(_spec_tensors(checkpoint, row, tied, quantization is not None, notes))
+    sizes = _sizes(checkpoint, row, config, (layers, tied), quantization, notes)
+    tensors = tuple(spec_tensors(checkpoint, row, layers, tied, quantization is not None, notes))
     return ModelSpec(
         architecture=architecture_name(checkpoint.config),
         model_type=shown(checkpoint.config.get("model_type", "")),
         layers=layers,
-        **vars(sizes),
+        hidden=sizes.hidden,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        intermediate=sizes.intermediate,
+        vocab=sizes.vocab,
         tied=tied,
-        max_context=config.maybe("max_position_embeddings") or row.max_context,
+        max_context=config.maybe("max_position_embeddings") or config.maybe("seq_length") or row.max_context,
         dtype=main_dtype(checkpoint.tensors.values()),
         parameters=sum(checkpoint.tensors[tensor.name].parameters for tensor in tensors),
         quantization=quantization,
         notes=tuple(notes),
         tensors=tensors,
+        layer_caches=layer_caches(row, config, sizes, layers),
+        rotary_bytes=_rotary_bytes(row, config, sizes, layers),
+        scaled_embedding=row.scaled_embedding,
+        experts=sizes.experts,
+        experts_per_token=sizes.experts_per_token,
+        expert_intermediate=sizes.expert_intermediate or (sizes.intermediate if sizes.experts else 0),
     )
 
 
@@ -139,6 +152,19 @@ def main_dtype(tensors: Iterable[TensorInfo]) -> str:
     return size.most_common(1)[0][0] if size else ""
 
 
+def _unknown(checkpoint: Checkpoint, where: str) -> CheckpointError:
+    """An architecture that is not in the table, with what can be said of it all the same."""
+    try:
+        architecture_of(checkpoint.config, where)
+    except CheckpointError as error:
+        size = sum(info.nbytes for info in checkpoint.tensors.values()) / 2**30
+        known = f"its {len(checkpoint.tensors)} tensors take {size:.2f} GiB as they are stored"
+        return CheckpointError(
+            f"{error.message}; {known}, what is a layer and what a cache needs is not known", error.hint
+        )
+    raise AssertionError("the architecture is known")
+
+
 def _quantization(config: dict[str, Any], where: str) -> dict[str, Any] | None:
     value = config.get("quantization_config")
     if value is not None and not isinstance(value, dict):
@@ -146,163 +172,95 @@ def _quantization(config: dict[str, Any], where: str) -> dict[str, Any] | None:
     return value
 
 
-def _layer_pattern(row: Architecture) -> re.Pattern[str]:
-    before, after = row.layer.split("{}")
-    return re.compile(rf"{re.escape(before)}(\d{{1,9}}){re.escape(after)}(.+)")
-
-
-def _layers(checkpoint: Checkpoint, row: Architecture, config: _Config, notes: list[str]) -> int:
-    matches = (_layer_pattern(row).fullmatch(name) for name in checkpoint.tensors)
+def _layers(checkpoint: Checkpoint, row: Architecture, config: ConfigValues, notes: list[str]) -> int:
+    matches = (layer_pattern(row).fullmatch(name) for name in checkpoint.tensors)
     stored = max((int(match[1]) + 1 for match in matches if match), default=0)
     said = config.maybe("num_hidden_layers") or stored
     if max(stored, said) > _MAX_LAYERS:
         raise CheckpointError(f"{shown(checkpoint.path, 400)} claims {max(stored, said):,} layers: refused")
     if stored == 0:
-        first = row.layer.format(0) + row.linears[0] + ".weight"
+        first = row.layer.format(0) + row.every[0].name
         raise CheckpointError(f"{shown(checkpoint.path, 400)} holds no layers: {first} is missing")
+    drafts = (config.maybe(row.draft_layers, 0) or 0) if row.draft_layers else 0
+    if said < stored <= said + drafts:
+        notes.append(
+            f"the last {stored - said} of {stored} layers predict tokens ahead: neither engines nor the plan take them"
+        )
+        return said
     if stored > said:
         notes.append(f"config.json says {said} layers, the weights have {stored}: {stored} it is")
     return max(stored, said)
 
 
-def _wanted(row: Architecture, layers: int, tied: bool) -> Iterable[str]:
-    yield row.embedding
-    for layer in range(layers):
-        prefix = row.layer.format(layer)
-        yield from (f"{prefix}{module}.weight" for module in (*row.norms, *row.linears))
-        yield from (f"{prefix}{module}.bias" for module in row.biases)
-    yield row.final_norm
-    if not tied:
-        yield row.head
+def _stored_experts(checkpoint: Checkpoint, row: Architecture, layers: int) -> int:
+    """Experts of a layer, by the rows of the first router that there is."""
+    routers = {part.name for part in (*row.sparse, *row.stacked) if part.shape == ("experts", "hidden")}
+    names = (row.layer.format(layer) + router for layer in range(layers) for router in routers)
+    shapes = (checkpoint.tensors[name].shape for name in names if name in checkpoint.tensors)
+    return next((shape[0] for shape in shapes if shape), 0)
 
 
-def _check_complete(checkpoint: Checkpoint, row: Architecture, layers: int, tied: bool) -> None:
-    for name in _wanted(row, layers, tied):
-        if name not in checkpoint.tensors:
-            what = architecture_name(checkpoint.config)
-            raise CheckpointError(
-                f"{shown(checkpoint.path, 400)}: {name} is missing, which a {what} of {layers} layers needs",
-                "Download it again, or correct num_hidden_layers or tie_word_embeddings in config.json.",
+def _sizes(
+    checkpoint: Checkpoint,
+    row: Architecture,
+    config: ConfigValues,
+    whole: tuple[int, bool],
+    quantization: dict[str, Any] | None,
+    notes: list[str],
+) -> Sizes:
+    """Those of the headers; of packed weights those of config.json where the headers do not say them."""
+    layers, tied = whole
+    where = shown(checkpoint.path, 400)
+    experts = _stored_experts(checkpoint, row, layers)
+    if quantization is None:
+        parts = list(model_parts(row, config, layers, experts, tied, checkpoint.tensors))
+        for name, _ in parts:
+            if name not in checkpoint.tensors:
+                raise _missing(checkpoint, name, layers)
+        shapes: Mapping[str, Shape] = {name: checkpoint.tensors[name].shape for name, _ in parts}
+        sizes = measured(parts, shapes, row, config, where)
+        notes.extend(contradictions(sizes, row, config))
+        return sizes
+    shapes = unpacked_shapes(checkpoint.tensors, quantization)
+    names = dict.fromkeys((*checkpoint.tensors, *shapes))
+    parts = list(model_parts(row, config, layers, experts, True, names))  # a packed head may be padded
+    if all(name in shapes for name, _ in parts):
+        try:
+            sizes = measured(parts, shapes, row, config, where)
+            against = list(contradictions(sizes, row, config))
+        except CheckpointError:  # packed otherwise than this method packs: then config.json is all there is
+            against = []
+            padded = True
+        else:
+            padded = bool(against) and quantization.get("quant_method") in PADDED
+        if not padded:
+            return _noted(
+                sizes, notes, "the weights are quantized: dimensions are read off their packed shapes", against
             )
+    return _noted(configured(row, config), notes, "the weights are quantized: dimensions are config.json's", [])
 
 
-def _matrix(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
-    shape = checkpoint.tensors[name].shape
-    if len(shape) != 2 or 0 in shape:
-        raise CheckpointError(f"{shown(checkpoint.path, 400)}: {name} has shape {list(shape)}, not two dimensions")
-    return shape[0], shape[1]
-
-
-def _measured(checkpoint: Checkpoint, row: Architecture, config: _Config, notes: list[str]) -> _Sizes:
-    layer = row.layer.format(0)
-    vocab, hidden = _matrix(checkpoint, row.embedding)
-    queries, _ = _matrix(checkpoint, f"{layer}self_attn.q_proj.weight")
-    keys, _ = _matrix(checkpoint, f"{layer}self_attn.k_proj.weight")
-    intermediate, _ = _matrix(checkpoint, f"{layer}mlp.gate_proj.weight")
-    head_dim = _head_dim(checkpoint, row, config, queries)
-    if queries % head_dim or keys % head_dim:
-        raise CheckpointError(
-            f"{shown(checkpoint.path, 400)}: heads of {head_dim} do not divide q_proj's {queries} and "
-            f"k_proj's {keys} rows",
-            "Correct head_dim or num_attention_heads in config.json.",
-        )
-    sizes = _Sizes(hidden, queries // head_dim, keys // head_dim, head_dim, intermediate, vocab)
-    _note_contradictions(sizes, config, notes)
+def _noted(sizes: Sizes, notes: list[str], note: str, more: list[str]) -> Sizes:
+    notes += [note, *more]
     return sizes
 
 
-def _head_dim(checkpoint: Checkpoint, row: Architecture, config: _Config, queries: int) -> int:
-    norm = checkpoint.tensors.get(f"{row.layer.format(0)}self_attn.q_norm.weight")
-    if norm is not None and norm.parameters:
-        return norm.shape[-1]
-    said = config.maybe("head_dim") or row.head_dim
-    if said and queries % said == 0:
-        return said
-    heads = config.need("num_attention_heads")
-    if queries % heads:
-        raise CheckpointError(
-            f"{config.where}: {heads} heads do not divide the {queries} rows of q_proj",
-            "Correct num_attention_heads, or give head_dim.",
-        )
-    return queries // heads
-
-
-_CONFIG_KEYS = {
-    "hidden_size": "hidden",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "kv_heads",
-    "head_dim": "head_dim",
-    "intermediate_size": "intermediate",
-    "vocab_size": "vocab",
-}
-
-
-def _note_contradictions(sizes: _Sizes, config: _Config, notes: list[str]) -> None:
-    for key, field in _CONFIG_KEYS.items():
-        said, measured = config.maybe(key), getattr(sizes, field)
-        if said is not None and said != measured:
-            notes.append(f"config.json says {key} {said}, the weights say {measured}: {measured} it is")
-
-
-def _check_shapes(checkpoint: Checkpoint, row: Architecture, layers: int, sizes: _Sizes, tied: bool) -> None:
-    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    wanted = {
-        "self_attn.q_proj": (queries, sizes.hidden),
-        "self_attn.k_proj": (keys, sizes.hidden),
-        "self_attn.v_proj": (keys, sizes.hidden),
-        "self_attn.o_proj": (sizes.hidden, queries),
-        "mlp.gate_proj": (sizes.intermediate, sizes.hidden),
-        "mlp.up_proj": (sizes.intermediate, sizes.hidden),
-        "mlp.down_proj": (sizes.hidden, sizes.intermediate),
-    }
-    shapes = {
-        f"{row.layer.format(layer)}{module}.weight": shape
-        for layer in range(layers)
-        for module, shape in wanted.items()
-    }
-    if not tied:
-        shapes[row.head] = (sizes.vocab, sizes.hidden)
-    for name, shape in shapes.items():
-        found = checkpoint.tensors[name].shape
-        if found != shape:
-            raise CheckpointError(
-                f"{shown(checkpoint.path, 400)}: {name} has shape {list(found)} where the other weights "
-                f"say {list(shape)}",
-                "The files are of different models: download the model again.",
-            )
-
-
-def _configured(row: Architecture, config: _Config) -> _Sizes:
-    hidden, heads = config.need("hidden_size"), config.need("num_attention_heads")
-    return _Sizes(
-        hidden,
-        heads,
-        config.maybe("num_key_value_heads") or heads,
-        config.maybe("head_dim") or row.head_dim or max(hidden // heads, 1),
-        config.need("intermediate_size"),
-        config.need("vocab_size"),
+def _missing(checkpoint: Checkpoint, name: str, layers: int) -> CheckpointError:
+    what = architecture_name(checkpoint.config)
+    return CheckpointError(
+        f"{shown(checkpoint.path, 400)}: {name} is missing, which a {what} of {layers} layers needs",
+        "Download it again, or correct num_hidden_layers or tie_word_embeddings in config.json.",
     )
 
 
-def _spec_tensors(
-    checkpoint: Checkpoint, row: Architecture, tied: bool, packed: bool, notes: list[str]
-) -> Iterable[SpecTensor]:
-    pattern = _layer_pattern(row)
-    head, embedding = checkpoint.tensors.get(row.head), checkpoint.tensors.get(row.embedding)
-    skipped = tied and head is not None and embedding is not None
-    if skipped and head is not None and embedding is not None and not head.shares_all(embedding):
-        notes.append(f"config.json ties {row.head} to {row.embedding}: the stored {row.head} is not counted")
-    for info in checkpoint.tensors.values():
-        if skipped and info.name == row.head:
-            continue
-        match = pattern.fullmatch(info.name)
-        layer = int(match[1]) if match else None
-        yield SpecTensor(info.name, info.shape, info.dtype, info.nbytes, _role(info, row, layer, packed), layer)
-
-
-def _role(info: TensorInfo, row: Architecture, layer: int | None, packed: bool) -> str:
-    if layer is None:
-        return {row.embedding: "embedding", row.head: "head"}.get(info.name, "other")
-    matrix = len(info.shape) == 2 and info.name.endswith(".weight") and "norm" not in info.name
-    plain = DTYPES[info.dtype].floating
-    return "linear" if matrix and (plain or not packed) else "other"
+def _rotary_bytes(row: Architecture, config: ConfigValues, sizes: Sizes, layers: int) -> int:
+    """Each set of rotary frequencies, twice, for every second element that is rotated."""
+    rotated = sizes.rope_dim if is_latent(row) else sizes.head_dim
+    rope = config.raw("rope_parameters")  # where transformers 5 writes it
+    nested = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
+    factor = config.raw("partial_rotary_factor") if nested is None else nested
+    if isinstance(factor, float) and 0 < factor < 1:
+        rotated = int(rotated * factor)
+    kinds = {cache.kind for cache in layer_caches(row, config, sizes, layers)}
+    sets = min(row.rotary_sets, max(len(kinds), 1))
+    return 4 * sets * 2 * (rotated // 2)

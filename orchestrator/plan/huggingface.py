@@ -21,6 +21,7 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 HOST_RUNTIME = {"cpu": 600 * MIB, "cuda": 3000 * MIB}
 CUDA_RUNTIME = 700 * MIB  # context, kernels and cuBLAS workspace of one process on one GPU
 QUANT_BLOCK = 64  # bitsandbytes' 4-bit blocks: one float32 absmax each
+FLOAT32 = "e_score_correction_bias"  # transformers keeps it so whatever the dtype
 NESTED_BLOCK = 256  # double quantization: one float32 for so many absmax bytes
 
 
@@ -49,7 +50,12 @@ def linear_bytes(shape: tuple[int, ...], method: str, dtype: str, double: bool) 
 
 
 def tensor_bytes(tensor: SpecTensor, ask: Ask) -> int:
-    """Bytes of one tensor once loaded: linears of the layers quantized, everything else in the dtype."""
+    """Bytes of one tensor once loaded: linears of the layers quantized, everything else in the dtype.
+
+    Experts are no linears: transformers 5 holds them as one parameter, which bitsandbytes leaves as it is.
+    """
+    if tensor.name.endswith(FLOAT32):
+        return math.prod(tensor.shape) * 4
     if tensor.role == "linear":
         return linear_bytes(tensor.shape, ask.method, ask.dtype, ask.double_quant)
     return math.prod(tensor.shape) * DTYPE_BYTES[ask.dtype]
@@ -57,7 +63,8 @@ def tensor_bytes(tensor: SpecTensor, ask: Ask) -> int:
 
 def units(spec: ModelSpec, ask: Ask) -> list[Unit]:
     """The model in the order of its forward pass. A tied head stays with the embedding."""
-    kv = 2 * spec.kv_heads * spec.head_dim * DTYPE_BYTES[ask.dtype]
+    # Layers with a sliding window count as the others: after a prefill they hold a view of all its keys and values.
+    kv = [cache.elements * DTYPE_BYTES[ask.dtype] for cache in spec.layer_caches]
     first: dict[str, int] = {}
     layers: dict[int, tuple[str, int]] = {}
     last: dict[str, int] = {}
@@ -72,10 +79,10 @@ def units(spec: ModelSpec, ask: Ask) -> list[Unit]:
             part[module] = part.get(module, 0) + size
     body = next(iter(layers.values()))[0].rsplit(".", 2)[0]
     first_modules = (*first, f"{body}.rotary_emb", *(("lm_head",) if spec.tied else ()))
-    rotary = 4 * spec.head_dim  # inv_freq and original_inv_freq, float32 whatever the dtype
+    buffers = spec.rotary_bytes + spec.scaled_embedding * DTYPE_BYTES[ask.dtype]
     return [
-        Unit(first_modules, sum(first.values()) + rotary, 0),
-        *(Unit((prefix,), size, kv) for _, (prefix, size) in sorted(layers.items())),
+        Unit(first_modules, sum(first.values()) + buffers, 0),
+        *(Unit((prefix,), size, kv[layer]) for layer, (prefix, size) in sorted(layers.items())),
         Unit(tuple(last), sum(last.values()), 0),
     ]
 
@@ -89,7 +96,7 @@ def scratch_bytes(spec: ModelSpec, ask: Ask, context: int) -> int:
     size = DTYPE_BYTES[ask.dtype]
     tokens = ask.max_in_flight * context
     attention = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
-    activations = tokens * (3 * spec.hidden + attention + 2 * spec.intermediate) * size
+    activations = tokens * (3 * spec.hidden + attention + spec.mlp_elements) * size
     mask = ask.max_in_flight * context * context * size
     logits = 2 * ask.max_in_flight * spec.vocab * 4
     linears = [math.prod(t.shape) for t in spec.tensors if t.role == "linear"]

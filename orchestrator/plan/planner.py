@@ -7,8 +7,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+from orchestrator.backends.known_models import LOADED, counted, tried
 from orchestrator.backends.table import BACKENDS, METHODS, Backend
 from orchestrator.checkpoint.spec import ModelSpec
+from orchestrator.checkpoint.trust import shown
 from orchestrator.config import ENGINE_KEYS, Config, get
 from orchestrator.engine.interpreters import interpreter, require
 from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError, OrchestratorError
@@ -33,18 +35,38 @@ def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
     """
     _check_context(config, spec)
     if spec.quantization is not None:
-        method = spec.quantization.get("quant_method", "unknown")
+        method = shown(spec.quantization.get("quant_method", "unknown"), 40)
         raise ConfigError(
-            f"the model is quantized already ({method}), and no engine of this version runs that",
+            f"the model is quantized already ({method}), and no engine of this version runs that; {_known(spec)}",
             "Set model.path to the unquantized model.",
         )
     asks = list(_asks(config, spec, hardware))
     if not asks:
+        if not any(spec.architecture in counted(name) for name in BACKENDS):
+            raise ConfigError(f"what an engine needs for a {spec.architecture} is not known here; {_known(spec)}")
         raise ConfigError(_nothing_matches(config))
     candidates = [_estimate(config, spec, hardware, ask) for ask in asks]
     candidates.sort(key=lambda c: _rank(c, _goal(config, spec)))
-    notes = (*spec.notes, *hardware.notes, *_dtype_notes(config, candidates[0], hardware))
+    notes = (
+        *spec.notes,
+        *_untried(candidates, spec),
+        *hardware.notes,
+        *_dtype_notes(config, candidates[0], hardware),
+    )
     return Plan(candidates[0], tuple(candidates), notes, hardware)
+
+
+def _untried(candidates: list[Candidate], spec: ModelSpec) -> Iterator[str]:
+    names = [name for name in dict.fromkeys(c.backend for c in candidates) if spec.architecture not in tried(name)]
+    if names:
+        yield f"{' and '.join(names)} with a {spec.architecture}: planned by the engine's rules, and never tried here"
+
+
+def _known(spec: ModelSpec) -> str:
+    """What can be said of a model that cannot be planned."""
+    cache = spec.cache_elements(1)
+    eyes = f" ({spec.vision_bytes / GIB:.2f} of them the image encoder)" if spec.vision_bytes else ""
+    return f"its weights take {spec.nbytes / GIB:.2f} GiB{eyes} as they are, its cache {cache:,} elements a token"
 
 
 def must_fit(plan: Plan, config: Config, spec: ModelSpec, hardware: Hardware) -> None:
@@ -105,10 +127,16 @@ def _refusal(backend: Backend, spec: ModelSpec, hardware: Hardware) -> Orchestra
             f"backend={backend.name} needs a CUDA GPU, and there is none here",
             "To plan for other hardware, add task=plan hardware=4x24gb (see the hardware group).",
         )
-    if backend.architectures and spec.architecture not in backend.architectures:
+    loaded = LOADED.get(backend.name)
+    if loaded is not None and spec.architecture not in loaded:
         return ConfigError(
             f"backend={backend.name} does not know the architecture {spec.architecture}, and would load it as another",
             "Use another backend (backend=auto chooses one).",
+        )
+    if spec.architecture not in counted(backend.name):
+        return ConfigError(
+            f"what backend={backend.name} needs for a {spec.architecture} is not known here; {_known(spec)}",
+            f"It is known of {', '.join(sorted(counted(backend.name)))}.",
         )
     return None
 

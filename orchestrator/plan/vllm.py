@@ -31,7 +31,9 @@ HOST_CORE = 1050 * MIB
 HOST_RANK = 640 * MIB
 CUDA_HOST_RANK = 3000 * MIB  # with CUDA the libraries take more
 _KEYS, _VALUES = "self_attn.k_proj", "self_attn.v_proj"
-_ROWWISE = ("o_proj", "down_proj")  # the input is sharded, and a bias is not
+_FUSED = ("self_attn.qkv_proj", "attention.wqkv")
+_MLP_ROWS = (".gate_proj.weight", ".up_proj.weight", "feed_forward.w1.weight")
+_ROWWISE = ("o_proj", "down_proj", "attention.wo")  # the input is sharded, and a bias is not
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def _misfits(spec: ModelSpec, width: Width) -> tuple[str, ...]:
             spec.kv_heads % tp == 0 or tp % spec.kv_heads == 0,
             f"{name} and the {spec.kv_heads} key-value heads do not divide each other",
         ),
-        (spec.intermediate % tp == 0, f"{name} does not divide the {spec.intermediate} rows of the MLP"),
+        *((rows % tp == 0, f"{name} does not divide the {rows} rows of the MLP") for rows in _mlp_rows(spec)),
         (padded % tp == 0, f"{name} does not divide the vocabulary, padded to {padded}"),
         (
             width.pipeline <= spec.layers,
@@ -79,6 +81,12 @@ def _misfits(spec: ModelSpec, width: Width) -> tuple[str, ...]:
         ),
     ]
     return tuple(reason for fine, reason in whole if not fine)
+
+
+def _mlp_rows(spec: ModelSpec) -> list[int]:
+    """Widths of gate and up in the layers that there are: of one MLP, of an expert, of the shared one."""
+    rows = {t.shape[0] for t in spec.tensors if t.role in ("linear", "expert") and t.name.endswith(_MLP_ROWS)}
+    return sorted(rows | ({spec.expert_intermediate} if spec.experts else set())) or [spec.intermediate]
 
 
 def _padded(vocab: int) -> int:
@@ -95,7 +103,11 @@ def shard_bytes(tensor: SpecTensor, spec: ModelSpec, tp: int, size: int) -> int:
         return count * size
     if module.endswith((_KEYS, _VALUES)):
         return count // spec.kv_heads * _kv_heads(spec, tp) * size
-    sharded = tensor.role == "linear" or kind == "bias"
+    if module.endswith(_FUSED):
+        heads = spec.heads + 2 * spec.kv_heads
+        return count // heads * (spec.heads // tp + 2 * _kv_heads(spec, tp)) * size
+    gate = tensor.shape[0] == 1  # of the shared expert: every rank has it
+    sharded = (tensor.role in ("linear", "expert") and not gate) or kind == "bias"
     return (count // tp if sharded else count) * size
 
 
@@ -156,7 +168,11 @@ def _step_bytes(spec: ModelSpec, ask: Ask, width: Width, tokens: int) -> int:
     """A bound on one step of so many tokens: hidden states, attention, the MLP, and the sampler's float32 logits."""
     size = DTYPE_BYTES[ask.dtype]
     attention = (spec.heads // width.tensor + 2 * _kv_heads(spec, width.tensor)) * spec.head_dim
-    activations = tokens * (4 * spec.hidden + 2 * attention + 3 * spec.intermediate // width.tensor) * size
+    activations = (
+        tokens
+        * (4 * spec.hidden + 2 * attention + max(3 * spec.intermediate, spec.mlp_elements) // width.tensor)
+        * size
+    )
     return activations + 3 * ask.max_in_flight * spec.vocab * 4
 
 

@@ -17,7 +17,7 @@ def plan(config: Config, folder: RunFolder) -> None:
     Raises:
         DoesNotFitError: nothing that was asked for fits.
     """
-    planned = look(config, planning=True, download=False)
+    planned = look(config, planning=True, download=False, bare=True)
     folder.write("plan.json", planned.to_json())
     show_plan(planned, planned.plan.chosen)
     console(sys.stdout).print(candidates_table(planned.plan))

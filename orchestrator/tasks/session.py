@@ -16,6 +16,7 @@ from orchestrator.backends.protocol import LoadPlan, Stats
 from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.adapter import Adapter, open_adapter
 from orchestrator.checkpoint.adapter_match import targets
+from orchestrator.checkpoint.bare import open_to_plan
 from orchestrator.checkpoint.folder import Checkpoint, open_checkpoint
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
 from orchestrator.config import Config, folder
@@ -117,12 +118,20 @@ def fits(planned: Planned) -> None:
     must_fit(planned.plan, planned.config, planned.spec, planned.hardware)
 
 
-def look(config: Config, *, planning: bool, download: bool = True, check: Callable[[Planned], None] = fits) -> Planned:
+def look(
+    config: Config,
+    *,
+    planning: bool,
+    download: bool = True,
+    bare: bool = False,
+    check: Callable[[Planned], None] = fits,
+) -> Planned:
     """Reads the headers and the machine, and plans. Neither torch nor a GPU is needed.
 
     Args:
         planning: for the machine that was asked about, which need not be this one.
         download: of hub ids, what the cache does not have; False: their headers will do.
+        bare: a folder's config.json without weights will do.
         check: looks at the plan of what is not here yet, and raises if it is not worth the download.
 
     Raises:
@@ -132,7 +141,7 @@ def look(config: Config, *, planning: bool, download: bool = True, check: Callab
     places = find_places(config, latest=download)
     if download and places.remote:
         places = _brought(config, places, planning, check)
-    return _planned(config, places, planning)
+    return _planned(config, places, planning, bare=bare)
 
 
 def _brought(config: Config, places: Places, planning: bool, check: Callable[[Planned], None]) -> Places:
@@ -144,9 +153,9 @@ def _brought(config: Config, places: Places, planning: bool, check: Callable[[Pl
     return places.here()
 
 
-def _planned(config: Config, places: Places, planning: bool) -> Planned:
+def _planned(config: Config, places: Places, planning: bool, *, bare: bool = False) -> Planned:
     asked = config
-    config, source = open_source(asked, places)
+    config, source = open_source(asked, places, bare=bare)
     spec = model_spec(source.base)
     if not (planning or places.remote):
         check_tokenizer(source.base.path)
@@ -159,6 +168,9 @@ def _planned(config: Config, places: Places, planning: bool) -> Planned:
 
 def find_places(config: Config, *, latest: bool) -> Places:
     """Where the model and its adapters lie. Without model.path: the embedded ones.
+
+    Args:
+        download, bare: as for `look`.
 
     Raises:
         RequestError: an adapter without a model.
@@ -173,7 +185,7 @@ def find_places(config: Config, *, latest: bool) -> Places:
     return Places(locate(model.path, model.revision, MODEL, latest=latest), adapters)
 
 
-def open_source(config: Config, places: Places) -> tuple[Config, Source]:
+def open_source(config: Config, places: Places, *, bare: bool = False) -> tuple[Config, Source]:
     """The model and its adapters by their headers; the embedded ones with the embedded defaults.
 
     Raises:
@@ -182,7 +194,7 @@ def open_source(config: Config, places: Places) -> tuple[Config, Source]:
     """
     is_embedded = config.model.path is None
     adapters = tuple((_adapter(place), weight) for place, weight in places.adapters)
-    base = _checkpoint(places.base)
+    base = _checkpoint(places.base, bare)
     for adapter, _ in adapters:
         targets(adapter, base)  # an adapter of another model is refused before anything long
     name = "the embedded model" if is_embedded else places.base.name
@@ -190,9 +202,9 @@ def open_source(config: Config, places: Places) -> tuple[Config, Source]:
     return embedded_defaults(config) if is_embedded else config, source
 
 
-def _checkpoint(place: Located) -> Checkpoint:
+def _checkpoint(place: Located, bare: bool) -> Checkpoint:
     if place.remote is None:
-        return open_checkpoint(place.path)
+        return open_to_plan(place.path) if bare else open_checkpoint(place.path)
     from orchestrator.hub.headers import remote_checkpoint
 
     return remote_checkpoint(place.remote)

@@ -228,7 +228,7 @@ def test_missing_tensors_and_mixed_shapes_are_named(tmp_path):
     tensors = model_tensors()
     del tensors["model.layers.1.mlp.up_proj.weight"]
     spec_refused(tmp_path / "a", "model.layers.1.mlp.up_proj.weight is missing", tensors=tensors)
-    spec_refused(tmp_path / "b", "model.layers.2.input_layernorm.weight is missing", num_hidden_layers=3)
+    spec_refused(tmp_path / "b", "model.layers.2.self_attn.q_proj.weight is missing", num_hidden_layers=3)
     spec_refused(tmp_path / "c", "lm_head.weight is missing", tensors=model_tensors(head=False))
     tensors = model_tensors() | {"model.layers.1.mlp.up_proj.weight": torch.zeros(48, 33)}
     spec_refused(tmp_path / "d", "model.layers.1.mlp.up_proj.weight has shape [48, 33]", tensors=tensors)
