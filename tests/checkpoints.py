@@ -110,7 +110,8 @@ def write_adapter(
     """An adapter's folder: a LoRA of rank 4 on q_proj of layer 0, unless other tensors are given."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = adapter_tensors([Q_PROJ]) if tensors is None else tensors
-    plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    modules = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name})
+    plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": modules}
     write_json(folder / "adapter_config.json", {**plain, **(config or {})})
     save(folder / {"safetensors": "adapter_model.safetensors", "bin": "adapter_model.bin"}[kind], tensors)
     return folder

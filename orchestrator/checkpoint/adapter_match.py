@@ -109,6 +109,7 @@ def targets(adapter: Adapter, base: Checkpoint) -> dict[str, tuple[Target, ...]]
                 job.add(target)
         else:
             _match(job, module, parts)
+            _check_asked(job, module, parts)
     _check_saved(job)
     left = set(adapter.tensors) - set(consumed(job.found)) - modules.spare
     if left:
@@ -119,6 +120,21 @@ def targets(adapter: Adapter, base: Checkpoint) -> dict[str, tuple[Target, ...]]
 def consumed(found: Mapping[str, Iterable[Target]]) -> list[str]:
     """The names of the adapter's tensors that the targets use up, sorted."""
     return sorted({name for several in found.values() for target in several for name in target.consumed})
+
+
+def _check_asked(job: Matching, module: str, parts: Parts) -> None:
+    """Refuses a LoRA on a module for which the config asks for none: PEFT would leave it out."""
+    lora, vocabulary = job.lora, job.names.vocabulary
+    if lora.modules is None or not any(part.startswith("lora_") for part in parts) or lora.modules.take(module):
+        return
+    ties = lora.weight_tying and job.name(f"{module}.weight") in (vocabulary.embedding, vocabulary.head)
+    if ties or lora.targets_parameter(f"{module}.weight"):
+        return
+    raise CheckpointError(
+        f"{job.where}: {shown(module)} has a LoRA, and adapter_config.json does not ask for one there "
+        "(target_modules, exclude_modules, layers_to_transform)",
+        _MIXED_UP,
+    )
 
 
 def _match(job: Matching, module: str, parts: Parts) -> None:

@@ -62,6 +62,7 @@ class LoraConfig:
             for whatever module has trained rows.
         parameters: ends of the paths of parameters (not modules) that have a LoRA: experts.
         base: the name of the model it was trained on.
+        modules: which modules have a LoRA; None where the config does not say.
     """
 
     rank: int
@@ -77,6 +78,8 @@ class LoraConfig:
     token_indices: tuple[tuple[str, tuple[int, ...]], ...]
     parameters: tuple[str, ...]
     base: str
+    modules: "TargetModules | None" = None
+    weight_tying: bool = False  # ensure_weight_tying: what tied modules have is shared
 
     def rank_of(self, module: str) -> int:
         """The rank that the config gives a module or parameter: the first pattern that matches, else `rank`."""
@@ -100,6 +103,39 @@ class LoraConfig:
     def rows_of(self, module: str) -> list[tuple[int, ...]]:
         """Every list of trained rows that the config gives a module (one, unless its keys overlap)."""
         return [rows for name, rows in self.token_indices if name in ("", module) or module.endswith(f".{name}")]
+
+
+@dataclass(frozen=True)
+class TargetModules:
+    """target_modules and the options that narrow it, as PEFT's check_target_module_exists reads them.
+
+    Attributes:
+        names: ends of modules' paths; or one regular expression for whole paths (a text).
+        excluded: the same, for exclude_modules.
+        layers: numbers of the layers (layers_to_transform); None for all.
+        patterns: names of the lists of layers (layers_pattern); empty for any.
+    """
+
+    names: tuple[str, ...] | str
+    excluded: tuple[str, ...] | str = ()
+    layers: tuple[int, ...] | None = None
+    patterns: tuple[str, ...] = ()
+
+    def take(self, module: str) -> bool:
+        """Whether a module gets a LoRA by this config."""
+        if not _named(self.names, module) or (self.excluded and _named(self.excluded, module)):
+            return False
+        if self.layers is None:
+            return True
+        lists = self.patterns or (r"[^.]*",)
+        found = next((match for name in lists if (match := re.match(rf".*\.{name}\.(\d+)\.", module))), None)
+        return found is not None and int(found[1]) in self.layers
+
+
+def _named(names: tuple[str, ...] | str, module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _first_match(patterns: tuple[tuple[str, _Value], ...], module: str, default: _Value) -> _Value:
@@ -128,7 +164,47 @@ def parse_lora_config(config: Mapping[str, Any], where: str) -> LoraConfig:
         token_indices=_token_indices(config.get("trainable_token_indices"), where),
         parameters=_names(config, "target_parameters", where),
         base=shown(config.get("base_model_name_or_path") or ""),
+        modules=_target_modules(config, where),
+        weight_tying=_flag(config, "ensure_weight_tying", where),
     )
+
+
+_ALL_LINEAR = "all-linear"
+
+
+def _target_modules(config: Mapping[str, Any], where: str) -> TargetModules | None:
+    names = config.get("target_modules")
+    if not names or (isinstance(names, str) and names.lower() == _ALL_LINEAR):
+        return None
+    layers = config.get("layers_to_transform")
+    if layers is not None:
+        layers = layers if isinstance(layers, list) else [layers]
+        if not all(type(layer) is int for layer in layers):
+            raise CheckpointError(f"{where}: layers_to_transform is no list of layers' numbers")
+    return TargetModules(
+        _names_or_pattern(config, "target_modules", where),
+        _names_or_pattern(config, "exclude_modules", where),
+        tuple(layers) if layers is not None else None,
+        tuple(re.escape(name) for name in _names_or_one(config, "layers_pattern", where)),
+    )
+
+
+def _names_or_pattern(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...] | str:
+    value = config.get(key)
+    if not isinstance(value, str):
+        return _names(config, key, where)
+    try:
+        if len(value) > _MAX_PATTERN:
+            raise re.error("too long")
+        re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{where}: {key} is the pattern {shown(value)}: {error}") from error
+    return value
+
+
+def _names_or_one(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    value = config.get(key)
+    return (value,) if isinstance(value, str) else _names(config, key, where)
 
 
 def _refuse_features(config: Mapping[str, Any], where: str) -> None:

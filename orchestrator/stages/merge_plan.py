@@ -111,9 +111,14 @@ def grown(base: Checkpoint, adapters: Iterable[Adapter]) -> int:
         for name, target in saved.items():
             there = base.tensors.get(name) or base.tensors[names.embedding]
             added += target.value.parameters - there.parameters
-        if hidden_head and (hidden_head in found or names.embedding in saved):
+        if hidden_head and (hidden_head in found or _of_one(found.get(names.embedding, ()))):
             added += base.tensors[names.embedding].parameters
     return added
+
+
+def _of_one(several: Sequence[Target]) -> bool:
+    """Whether changes of an embedding may be its own, so that a head that was tied to it is written as well."""
+    return any(isinstance(target, ReplaceTarget | LoraTarget) for target in several)
 
 
 def _output(name: str, info: TensorInfo, changes: list[tuple[float, Target]], shared: tuple[str, ...]) -> Output:

@@ -51,8 +51,9 @@ class Tokenizer:
 def decide_tie(base: Checkpoint, changes: Changes) -> Tie:
     """Whether a tied head stays tied: it does unless the adapters leave it other than the embedding.
 
-    LoRA on the embedding alone, and trained rows, change both (as PEFT's merge does). A LoRA on the head, and a
-    copy of either that was trained on its own (modules_to_save), belong to that one only: then both are written.
+    Trained rows are shared by both. A LoRA on one of them, and a copy that was trained on its own (modules_to_save),
+    belonged to that one only in training: then both are written. (PEFT's merge_and_unload adds a LoRA to the tensor
+    that both share, which is another model than the one that was trained.)
 
     Raises:
         CheckpointError: a stored head that differs from the embedding to which config.json ties it, or trained
@@ -64,7 +65,10 @@ def decide_tie(base: Checkpoint, changes: Changes) -> Tie:
         return Tie(changes)
     dropped = (stored,) if stored else ()
     of_embedding, of_head = changes.get(names.embedding, []), changes.get(names.head, [])
-    own = any(isinstance(target, ReplaceTarget) and target.own for _, target in of_embedding)
+    own = any(
+        isinstance(target, LoraTarget) or (isinstance(target, ReplaceTarget) and target.own)
+        for _, target in of_embedding
+    )
     if of_head and _same_changes(of_embedding, of_head):
         left = {name: found for name, found in changes.items() if name != names.head}
         note = f"the adapter changes {names.head} as it does {names.embedding}: they stay one"
@@ -72,7 +76,7 @@ def decide_tie(base: Checkpoint, changes: Changes) -> Tie:
     if not of_head and not own:
         note = f"{names.head} is tied to {names.embedding} and changes with it"
         return Tie(changes, dropped=dropped, notes=(note,) if of_embedding else ())
-    if of_head and _trains_rows(of_embedding) and not _trains_rows(of_head):
+    if (of_head or own) and _trains_rows(of_embedding) and not _trains_rows(of_head):
         raise CheckpointError(
             f"{shown(base.path, 400)}: token rows that {names.embedding} shares with {names.head} were trained, and "
             f"{names.head} on its own: what that makes of the head is not defined",

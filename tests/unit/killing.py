@@ -40,19 +40,28 @@ def start(base: Path, adapter: Path, out: Path) -> int:
     return pid
 
 
+def wait_for(pid: int, out: Path, shards: int) -> None:
+    while (
+        len(list(out.glob("*.done"))) < shards
+        and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    ):
+        time.sleep(0.001)
+
+
 def main() -> None:
     base, adapter, folder = map(Path, sys.argv[1:4])
     kills, random_ = int(sys.argv[4]), random.Random(int(sys.argv[5]))
-    begun = time.monotonic()
     os.waitpid(start(base, adapter, folder / "whole"), 0)
-    seconds = time.monotonic() - begun
+    shards = len(list((folder / "whole").glob("*.safetensors")))
     killed, folders, left = 0, 0, []
     while killed < kills:
         folders += 1
         out = folder / f"killed{folders}"
         while True:
             pid = start(base, adapter, out)
-            time.sleep(random_.uniform(0, seconds))
+            # Some time after so many shards: moments alone would all be early, or late, on a machine that is busy.
+            wait_for(pid, out, random_.randrange(shards))
+            time.sleep(random_.uniform(0, 0.03))
             os.kill(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
             if os.WIFEXITED(status):  # it was faster
@@ -62,7 +71,7 @@ def main() -> None:
             if killed >= kills:
                 os.waitpid(start(base, adapter, out), 0)
                 break
-    print(json.dumps({"seconds": seconds, "killed": killed, "folders": folders, "finished_shards": left}))
+    print(json.dumps({"killed": killed, "folders": folders, "finished_shards": left}))
 
 
 if __name__ == "__main__":

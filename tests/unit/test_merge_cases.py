@@ -184,7 +184,7 @@ CASES = {
     "rslora": ("llama", {"r": 8, "lora_alpha": 3, "target_modules": LINEARS, "use_rslora": True}),
     "patterns": ("llama", {"target_modules": LINEARS, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"mlp.*": 5}}),
     "conv1d": ("gpt2", {"r": 2, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
-    "conv1d and a linear": ("gpt2", {"r": 2, "target_modules": ["c_proj", "wte", "c_attn"]}),
+    "conv1d and a linear": ("gpt2", {"r": 2, "target_modules": ["c_proj", "c_attn"], "use_rslora": True}),
     "dora": ("llama", {"r": 4, "target_modules": LINEARS, "use_dora": True}),
     "dora and rslora": ("qwen2", {"r": 4, "target_modules": ATTENTION, "use_dora": True, "use_rslora": True}),
     "dora on conv1d": ("gpt2", {"r": 2, "target_modules": ["c_attn", "c_proj"], "use_dora": True}),
@@ -208,7 +208,6 @@ CASES = {
     "mixtral's old names": ("mixtral", {"r": 4, "target_modules": ["w1", "w2", "w3", "gate"]}),
     "a router": ("qwen3_moe", {"r": 2, "target_modules": ["gate", "q_proj"], "rank_pattern": {"gate.weight": 3}}),
     "fused names": ("phi3", {"r": 4, "target_modules": ["qkv_proj", "gate_up_proj"]}),
-    "tied embedding": ("tied", {"r": 4, "target_modules": ["embed_tokens"]}),
     "tied token rows": ("tied", {**Q, "trainable_token_indices": [7, 3]}),
     "tied, saved embedding": ("tied", {**Q, "modules_to_save": ["embed_tokens"]}),
     "tied, saved head": ("tied", {**Q, "modules_to_save": ["lm_head"]}),
@@ -218,7 +217,7 @@ CASES = {
     "nested, all of it": ("llava", {"r": 4, "target_modules": ["q_proj", "linear_1", "fc1"]}),
     "nested, flat on the disk": ("qwen2_vl", {"r": 4, "target_modules": ["q_proj", "qkv", "fc1"], "use_dora": True}),
     "nested, a saved head": ("llava", {**Q, "modules_to_save": ["lm_head"]}),
-    "nested, tied": ("gemma3", {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}),
+    "nested, tied": ("gemma3", {"r": 4, "target_modules": ["q_proj"]}),
     "nested, tied, a saved head": ("gemma3", {**Q, "modules_to_save": ["lm_head"]}),
     "nested, resized": ("llava", {**Q, "rows": 44, "modules_to_save": ["embed_tokens", "lm_head"]}),
     "nested, tied, resized": ("gemma3", {**Q, "rows": 44, "modules_to_save": ["embed_tokens", "lm_head"]}),
@@ -260,9 +259,11 @@ def logits(model):
         return model.eval()(torch.tensor([[1, 2, 3, 7, 39]])).logits
 
 
-@pytest.mark.parametrize("targeted", [["lm_head"], ["lm_head", "embed_tokens"], ["q_proj", "lm_head"]])
+@pytest.mark.parametrize(
+    "targeted", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"], ["q_proj", "lm_head"]], ids="+".join
+)
 @pytest.mark.parametrize("name", ["tied", "gemma3"])
-def test_a_lora_on_a_tied_head_is_the_head_s_alone(tmp_path, bases, name, targeted):
+def test_a_lora_on_one_of_two_that_are_tied_is_that_one_s_alone(tmp_path, bases, name, targeted):
     # In training it was. PEFT's merge adds it to the tensor that both share, so PEFT's unmerged model is the measure.
     train(bases(name), tmp_path / "lora", r=4, target_modules=targeted)
     trained = PeftModel.from_pretrained(load(bases(name)), tmp_path / "lora")
@@ -272,6 +273,42 @@ def test_a_lora_on_a_tied_head_is_the_head_s_alone(tmp_path, bases, name, target
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(trained), rtol=1e-4, atol=1e-5)
     size = merged_size(open_checkpoint(bases(name)), [(open_adapter(tmp_path / "lora"), 1.0)], None)
     assert size == sum(tensor.nbytes for tensor in weights(tmp_path / "out").values())
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": r".*\.q_proj"},
+        {"exclude_modules": ["v_proj"]},
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": 1, "layers_pattern": "layers"},
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_ask_for_what_is_there_is_refused(tmp_path, bases, edit):
+    train(bases("llama"), tmp_path / "lora", r=4, target_modules=["q_proj", "v_proj"])
+    file = tmp_path / "lora" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    write_json(file, config | edit)
+    refused(lambda: run(bases("llama"), [tmp_path / "lora"], tmp_path / "out"), "does not ask for one there")
+    write_json(file, config | {"target_modules": "all-linear"})
+    run(bases("llama"), [tmp_path / "lora"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": r".*layers\.0.*(q|v)_proj"},
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+        {"target_modules": "all-linear", "exclude_modules": ["v_proj"]},
+    ],
+    ids=str,
+)
+def test_configs_that_narrow_their_targets_merge(tmp_path, bases, options):
+    train(bases("llama"), tmp_path / "lora", r=4, **options)
+    report = run(bases("llama"), [tmp_path / "lora"], tmp_path / "out")
+    assert 0 < len(report["modules"]) < 7
 
 
 def test_a_lora_that_a_tied_head_shares_keeps_the_tie(tmp_path, bases):
