@@ -124,7 +124,7 @@ class GenerationConfig:
 
 @dataclass
 class ConvertConfig:
-    shard_size: str = "5GB"
+    shard_size: str | None = None  # of one file; unset: 5GB, and safetensors are not written anew for it
     dtype: str = "auto"  # of the merged checkpoint; auto: as the source has it
     verify: bool = False  # read the result back and compare a sample with the sources
 
@@ -299,7 +299,7 @@ def _check_numbers(config: Config) -> Iterator[str]:
         if value is not None and not (math.isfinite(value) and low <= value <= high):
             yield f"{key}={value} is out of range: {meaning}"
     try:
-        parse_size(config.convert.shard_size)
+        parse_size(config.convert.shard_size or DEFAULT_SHARD)
     except ValueError as error:
         yield f"convert.shard_size={config.convert.shard_size}: {error}"
 
@@ -420,6 +420,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     _check_server,
 )
 
+DEFAULT_SHARD = "5GB"
 SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

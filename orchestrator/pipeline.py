@@ -16,7 +16,7 @@ from orchestrator.checkpoint.adapter import Adapter
 from orchestrator.checkpoint.adapter import fingerprint as adapter_fingerprint
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.checkpoint.folder import Checkpoint, fingerprint
-from orchestrator.config import Config, folder, parse_size
+from orchestrator.config import DEFAULT_SHARD, Config, folder, parse_size
 from orchestrator.errors import StageError
 from orchestrator.hub.locate import Located
 from orchestrator.plan.types import Candidate
@@ -79,11 +79,12 @@ def merge_recipe(config: Config, source: Source) -> Recipe | None:
     from orchestrator.stages.merge import VERSION
 
     dtype = config.convert.dtype
-    if not source.adapters and source.base.format == "safetensors" and dtype == "auto":
+    as_it_is = dtype == "auto" and config.convert.shard_size is None
+    if not source.adapters and source.base.format == "safetensors" and as_it_is:
         return None
     options: dict[str, Any] = {
         "dtype": dtype,
-        "shard_size": parse_size(config.convert.shard_size),
+        "shard_size": parse_size(config.convert.shard_size or DEFAULT_SHARD),
         "weights": [weight for _, weight in source.adapters],
     }
     if config.merge.base == "nf4":
@@ -122,6 +123,8 @@ def merged(config: Config, source: Source, run: RunFolder) -> Model:
     """The merged (or converted) safetensors of a request; its own files where they will do."""
     recipe = merge_recipe(config, source)
     if recipe is None:
+        if config.convert.verify:
+            note("convert.verify=true: nothing was converted or merged, so there is nothing to verify")
         return Model(source.base.path)
     store = Store(folder(config.paths.artifacts))
     if (found := store.find(recipe)) is None:

@@ -6,16 +6,17 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.artifacts import MANIFEST, kept
 from orchestrator.backends.table import BACKENDS
 from orchestrator.config import Config, folder
 from orchestrator.errors import ConfigError, DoesNotFitError, RequestError
-from orchestrator.pipeline import Model, merged_bytes, prepare
+from orchestrator.pipeline import Model, Source, merged, merged_bytes, prepare
 from orchestrator.report.console import note, size
 from orchestrator.runfolder import RunFolder
-from orchestrator.tasks.session import Planned, look
+from orchestrator.tasks.session import bring, look
 
 log = logging.getLogger(__name__)
 
@@ -31,21 +32,20 @@ def convert(config: Config, run: RunFolder) -> None:
     if output is not None:
         _check_output(output)
 
-    def check(planned: Planned) -> None:
-        if output is not None and not BACKENDS[planned.plan.chosen.backend].stages:
-            store = folder(planned.config.paths.artifacts)
-            _check_room(output, store, merged_bytes(planned.config, planned.source))
+    def check(source: Source) -> None:
+        if output is not None:
+            _check_room(output, folder(config.paths.artifacts), merged_bytes(config, source))
 
-    planned = look(config, planning=True, check=check)  # the result may be for another machine: it need not fit here
-    check(planned)
-    config, source, chosen = planned.config, planned.source, planned.plan.chosen
     with kept():  # from a prune, until it is linked or copied
-        model = prepare(config, source, chosen, run)
+        source, model = (_quantized if _is_planned(config) else _merged)(config, run, check)
         if output is not None:
             export(model, output)
             note(f"finished model: {output}")
-    if not model.artifacts and output is None:
-        note(f"{model.path} is safetensors already and has no adapter: nothing to do")
+    if not model.artifacts:
+        done = "nothing to do" if output is None else "its files are copied as they are, nothing was looked at"
+        note(
+            f"{source.base.path} is safetensors already and has no adapter: {done} (convert.shard_size writes it anew)"
+        )
     run.write(
         "result.json",
         {
@@ -56,6 +56,33 @@ def convert(config: Config, run: RunFolder) -> None:
             "reports": {a.name: a.manifest.get("report") for a in model.artifacts},
         },
     )
+
+
+def _is_planned(config: Config) -> bool:
+    """Whether an engine's own conversion may be asked for; a merge alone is for any engine, and needs no plan."""
+    asked = config.backend.name != "auto" and BACKENDS[config.backend.name].stages
+    return bool(asked) or config.quant.bits is not None or config.quant.method != "auto"
+
+
+def _merged(config: Config, run: RunFolder, check: Callable[[Source], None]) -> tuple[Source, Model]:
+    """The merged (or converted) model, of any architecture."""
+    config, source = bring(config, check)
+    check(source)
+    return source, merged(config, source, run)
+
+
+def _quantized(config: Config, run: RunFolder, check: Callable[[Source], None]) -> tuple[Source, Model]:
+    """What the engine that the plan chooses would load. For another machine, maybe: it need not fit here."""
+    planned = look(config, planning=True, check=lambda planned: check(planned.source))
+    chosen = planned.plan.chosen
+    if not BACKENDS[chosen.backend].stages:
+        check(planned.source)
+        if chosen.bits < 16:
+            note(
+                f"{chosen.backend} quantizes when it loads: what is written is the merged model, "
+                f"not {chosen.bits:g} bits (backend=exllamav2 writes those)"
+            )
+    return planned.source, prepare(planned.config, planned.source, chosen, run)
 
 
 def _check_output(output: Path) -> None:

@@ -144,12 +144,31 @@ def look(
     return _planned(config, places, planning, bare=bare)
 
 
+def bring(config: Config, check: Callable[[Source], None]) -> tuple[Config, Source]:
+    """The model and its adapters, on this machine; nothing is planned.
+
+    Args:
+        check: looks at the headers of what is not here yet, and raises if it is not worth the download.
+
+    Raises:
+        CheckpointError, RequestError, OrchestratorError: as for `look`.
+    """
+    places = find_places(config, latest=True)
+    if places.remote:
+        try:
+            check(open_source(config, places)[1])
+        except NoPartsError as error:
+            note(f"{error.message}: it is looked at when it is here")
+        places = places.here()
+    return open_source(config, places)
+
+
 def _brought(config: Config, places: Places, planning: bool, check: Callable[[Planned], None]) -> Places:
     """What is not here is planned by its headers, and downloaded if the plan is good."""
     try:
         check(_planned(config, places, planning))
     except NoPartsError as error:
-        note(f"{error.message}: it is planned when it is here")
+        note(f"{error.message}: it is looked at when it is here")
     return places.here()
 
 

@@ -248,7 +248,7 @@ def test_a_hub_without_ranges_is_downloaded_from_and_planned_then(hub: Hub, onli
     assert f"hf download {ID}" in refused.error
     done = online.convert(f"model.path={ID}")
     assert done.code == 0, done.err
-    assert "planned when it is here" in done.err.replace("\n", " ")
+    assert "looked at when it is here" in done.err.replace("\n", " ")
 
 
 # Mistakes

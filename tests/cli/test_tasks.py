@@ -288,3 +288,37 @@ def test_a_plan_whose_reader_goes_away_says_so_in_its_folder(orchestrator: Orche
     assert b"Traceback" not in done.stderr
     [run] = orchestrator.runs.iterdir()
     assert json.loads((run / "status.json").read_text())["state"] == "interrupted"
+
+
+def test_a_model_of_any_architecture_is_converted(orchestrator: Orchestrator, base: Path) -> None:
+    """Only an engine has to know it: a merge and a conversion do not."""
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["NobodyKnowsItForCausalLM"]}))
+    output = orchestrator.folder / "out"
+    done = orchestrator("task=convert", f"model.path={base}", f"output.path={output}")
+    assert done.code == 0, done.err
+    assert (output / "model.safetensors").exists()
+    asked = orchestrator("task=plan", f"model.path={base}")
+    assert asked.code == 2
+    assert "NobodyKnowsItForCausalLM" in asked.error
+
+
+def test_bits_that_only_an_engine_makes_are_said_to_be_unwritten(orchestrator: Orchestrator, base: Path) -> None:
+    output = orchestrator.folder / "out"
+    done = orchestrator(
+        "task=convert", f"model.path={base}", "backend=bitsandbytes", "quant.bits=4", f"output.path={output}"
+    )
+    assert done.code == 0, done.err
+    assert "bitsandbytes quantizes when it loads: what is written is the merged model, not 4 bits" in done.err
+
+
+def test_safetensors_are_written_anew_for_another_shard_size(orchestrator: Orchestrator, merged: Path) -> None:
+    output = orchestrator.folder / "out"
+    ask = ("task=convert", f"model.path={merged}", f"output.path={output}", "convert.verify=true")
+    done = orchestrator(*ask, "convert.shard_size=3MB")
+    assert done.code == 0, done.err
+    assert "verified:" in done.err
+    assert len(list(output.glob("model-*.safetensors"))) > 2
+    done = orchestrator("task=convert", f"model.path={merged}", "convert.verify=true")
+    assert done.code == 0, done.err
+    assert "nothing to verify" in done.err

@@ -184,7 +184,7 @@ CASES = {
     "rslora": ("llama", {"r": 8, "lora_alpha": 3, "target_modules": LINEARS, "use_rslora": True}),
     "patterns": ("llama", {"target_modules": LINEARS, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"mlp.*": 5}}),
     "conv1d": ("gpt2", {"r": 2, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
-    "conv1d and a linear": ("gpt2", {"r": 2, "target_modules": ["c_proj", "c_attn"], "use_rslora": True}),
+    "conv1d, rslora": ("gpt2", {"r": 2, "target_modules": ["c_proj", "c_attn"], "use_rslora": True}),
     "dora": ("llama", {"r": 4, "target_modules": LINEARS, "use_dora": True}),
     "dora and rslora": ("qwen2", {"r": 4, "target_modules": ATTENTION, "use_dora": True, "use_rslora": True}),
     "dora on conv1d": ("gpt2", {"r": 2, "target_modules": ["c_attn", "c_proj"], "use_dora": True}),
