@@ -213,7 +213,10 @@ def _offloaded(spec: ModelSpec, hardware: Hardware, ask: Ask, offload: Offload, 
         disk=DeviceBytes("disk", on_disk, 0, 0, 0, stores["disk"]) if on_disk else None,
         offload_folder=offload.folder or "",
         most_tokens_per_s=found.most_tokens_per_s,
-        notes=(_speed(found, on_host if hardware.gpus else 0, on_disk),),
+        notes=(
+            _speed(found, on_host if hardware.gpus else 0, on_disk),
+            *((f"what is offloaded is not quantized: it stays in {ask.dtype}",) if ask.method != "none" else ()),
+        ),
     )
 
 

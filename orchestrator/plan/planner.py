@@ -215,13 +215,18 @@ def _estimate(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> 
                 break
         if found[-1].fits and found[-1].max_context >= goal:
             break
-    best = max(reversed(found), key=lambda c: (c.fits, min(c.max_context, goal), not c.offloads, _throughput(c)))
+    best = max(reversed(found), key=lambda c: (c.fits, min(c.max_context, goal), *_way(c)))
     return replace(best, installed=interpreter(backend, config, hardware.device) is not None)
 
 
-def _throughput(candidate: Candidate) -> float:
-    """Of an offload: every step moves the same bytes, however many sequences it is for."""
-    return candidate.max_in_flight * (candidate.most_tokens_per_s or 0.0)
+def _way(candidate: Candidate) -> tuple[bool, float]:
+    """Prefers no offload, then what moves least for a token: a step moves the same for any number of sequences.
+
+    Where nothing fits, the reasons against the offload are those that matter.
+    """
+    if not candidate.fits:
+        return candidate.offloads, 0.0
+    return not candidate.offloads, candidate.max_in_flight * (candidate.most_tokens_per_s or 0.0)
 
 
 def _goal(config: Config, spec: ModelSpec) -> int:
@@ -291,10 +296,10 @@ def _offload_ways(config: Config, spec: ModelSpec, hardware: Hardware) -> list[s
     """What was asked for, with a part of it in host memory or on disk; in both only where one is not enough."""
     if config.backend.name != "auto" and not BACKENDS[config.backend.name].keys >= set(offload.KEYS):
         config = replace(config, backend=replace(config.backend, name="auto"))
-    host = hardware.host_available / GIB if hardware.gpus else None
+    host, disk = hardware.host_available / GIB, offload.ANY_FOLDER
     ways: list[str] = []
-    for cpu, path in ((host, None), (None, offload.ANY_FOLDER), (host, offload.ANY_FOLDER)):
-        if (cpu is None and path is None) or (cpu is not None and path is not None and ways):
+    for cpu, path in ((host, None), (None, disk), (host, disk)) if hardware.gpus else ((None, disk),):
+        if cpu is not None and path is not None and ways:
             continue
         other = replace(config, offload=replace(config.offload, cpu_gib=cpu, folder=path))
         candidates = [_estimate(other, spec, hardware, ask) for ask in _asks(other, spec, hardware)]

@@ -18,7 +18,7 @@ from orchestrator.checkpoint.adapter import open_adapter
 from orchestrator.checkpoint.adapter_match import targets
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
-from orchestrator.config import Config
+from orchestrator.config import Config, folder
 from orchestrator.engine.handle import EngineProcess
 from orchestrator.engine.wire import Ready
 from orchestrator.errors import RequestError
@@ -157,6 +157,8 @@ def show_plan(planned: Planned, chosen: Candidate) -> None:
     out.print(plan_table(chosen))
     if chosen.fits:
         note(f"chosen: {chosen.label}: {why(chosen, planned.plan, planned.config)}")
+    for line in chosen.notes:
+        note(f"note: {line}")
 
 
 def load_plan(planned: Planned, chosen: Candidate, model: Path) -> LoadPlan:
@@ -178,6 +180,7 @@ def load_plan(planned: Planned, chosen: Candidate, model: Path) -> LoadPlan:
         tensor_parallel=chosen.tensor_parallel,
         pipeline_parallel=chosen.pipeline_parallel,
         gpu_split=chosen.gpu_split,
+        offload_folder=str(folder(chosen.offload_folder)) if chosen.offload_folder else "",
         trust_remote_code=planned.config.model.trust_remote_code,
         engine_args=dict(planned.config.backend.engine_args),
     )
