@@ -25,9 +25,10 @@ CONTEXT_STEP = 512  # contexts below the goal count by such steps: a few tokens 
 def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
     """The best candidate first, by the design's order.
 
-    Fits; keeps the context; needs no offload; then the least loss of precision; then speed; installed before not
+    Fits; needs no offload; then the least loss of precision that keeps the context; then speed; installed before not
     installed. Offload comes before precision because it costs a factor of ten or more in speed, where 4 bits cost a
-    little quality: who wants the precision asks for the width, and then nothing stands before the offload.
+    little quality: who wants the precision asks for the width, and then nothing stands before the offload. Only what
+    has not even half of the context stands behind one with offload that keeps it.
 
     Raises:
         ConfigError: no engine has the method, the bits and the keys that were asked for together.
@@ -213,20 +214,18 @@ def _estimate(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> 
             found.append(candidate)
             if candidate.fits and candidate.max_context >= goal and not candidate.offloads:
                 break
-        if found[-1].fits and found[-1].max_context >= goal:
+        if found[-1].fits and not _is_short(found[-1], goal):
             break
-    best = max(reversed(found), key=lambda c: (c.fits, min(c.max_context, goal), *_way(c)))
+    fitting = [candidate for candidate in found if candidate.fits]
+    # Where nothing fits, the last try has the reasons that matter: those against the offload, if one was allowed.
+    best = max(fitting, key=lambda c: (not _is_short(c, goal), *_way(c, goal))) if fitting else found[-1]
     return replace(best, installed=interpreter(backend, config, hardware.device) is not None)
 
 
-def _way(candidate: Candidate) -> tuple[bool, float]:
-    """Prefers no offload, then what moves least for a token: a step moves the same for any number of sequences.
-
-    Where nothing fits, the reasons against the offload are those that matter.
-    """
-    if not candidate.fits:
-        return candidate.offloads, 0.0
-    return not candidate.offloads, candidate.max_in_flight * (candidate.most_tokens_per_s or 0.0)
+def _way(candidate: Candidate, goal: int) -> tuple[bool, int, float, int]:
+    """No offload, then more context, then the fastest answer: caches of fewer in flight push out less weights."""
+    context = min(candidate.max_context, goal)
+    return not candidate.offloads, context, candidate.most_tokens_per_s or 0.0, candidate.max_in_flight
 
 
 def _goal(config: Config, spec: ModelSpec) -> int:
@@ -238,8 +237,18 @@ def _rank(candidate: Candidate, goal: int) -> tuple[float, ...]:
     speed = BACKENDS[candidate.backend].speed.get(candidate.method, 0.0)
     if not candidate.fits:  # nearest to fitting first
         return (1, sum(device.total for device in candidate.devices))
-    steps = math.ceil(max(0, goal - candidate.max_context) / CONTEXT_STEP)
-    return (0, steps, candidate.offloads, _loss(candidate), -candidate.bits, -speed, not candidate.installed)
+    offload_and_context = (_is_short(candidate, goal), candidate.offloads, _steps(candidate, goal))
+    return (0, *offload_and_context, _loss(candidate), -candidate.bits, -speed, not candidate.installed)
+
+
+def _steps(candidate: Candidate, goal: int) -> int:
+    """How far the context is from the goal."""
+    return math.ceil(max(0, goal - candidate.max_context) / CONTEXT_STEP)
+
+
+def _is_short(candidate: Candidate, goal: int) -> bool:
+    """Whether the context is less than half of the goal: then an offload that keeps it is better."""
+    return 2 * _steps(candidate, goal) > math.ceil(goal / CONTEXT_STEP)
 
 
 def _loss(candidate: Candidate) -> float:
@@ -279,7 +288,7 @@ def _ways_out(config: Config, spec: ModelSpec, hardware: Hardware, plan: Plan) -
             ways.append(f"{how} ({_most(found):.2f} GiB)")
             break
         short = found
-    ways += _offload_ways(config, spec, hardware)
+    ways += _offload_ways(config, spec, hardware) or _offload_ways(_changed(config, width=True), spec, hardware)
     if ways:
         return f"What would fit: {'; or, slower, '.join(ways)}."
     have = sum(d.capacity for d in short.devices) / GIB
