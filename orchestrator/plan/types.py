@@ -68,7 +68,7 @@ class Candidate:
     Attributes:
         disk: what is offloaded to `offload_folder`; None: nothing.
         most_tokens_per_s: a bound on the speed of one answer, where weights are offloaded; None: none are.
-        notes: what is to be known of it before it runs.
+        notes: what is to be known of an offload before it runs.
     """
 
     backend: str
@@ -163,7 +163,7 @@ class Candidate:
             "host": self.host.to_json(),
             "disk": self.disk.to_json() if self.disk else None,
             "most_tokens_per_s": self.most_tokens_per_s,
-            "notes": list(self.notes),
+            "offload_notes": list(self.notes),
             "device_map": self.device_map,
             "weights": self.weights,
         }
