@@ -111,6 +111,16 @@ def test_what_a_killed_run_left_goes_with_the_next_one(checkpoint: Path, start: 
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
 
 
+def test_a_tied_head_stays_with_its_embedding(tied_checkpoint: Path, tmp_path: Path) -> None:
+    chosen, plan = offloaded(tied_checkpoint, tmp_path)
+    assert chosen.device_map["lm_head"] == chosen.device_map["model.embed_tokens"] == "cpu"
+    some = load_engine(plan)
+    check_placement(plan, some.placement())
+    assert bytes_per_device(some.placement()) == chosen.weights
+    assert some.score(PROMPT, 3) == load_engine(make_plan(tied_checkpoint)).score(PROMPT, 3)
+    some.close()
+
+
 def test_a_tensor_that_is_nowhere_is_named(checkpoint: Path, tmp_path: Path) -> None:
     _, plan = offloaded(checkpoint, tmp_path)
     some = load_engine(plan)
