@@ -93,8 +93,8 @@ class ParallelConfig:
 
 @dataclass
 class OffloadConfig:
-    folder: str | None = None
-    cpu_gib: float | None = None
+    folder: str | None = None  # weights that nothing else has room for stay on disk; unset: none do
+    cpu_gib: float | None = None  # beside a GPU: so much of the weights may lie in host memory; unset: none
 
 
 @dataclass
@@ -288,6 +288,7 @@ def _check_numbers(config: Config) -> Iterator[str]:
         "hardware.reserve_gib": (0, 4096, "0 to 4096 GiB"),
         "hardware.capability": (3, 20, "such as 7.5 (T4) or 8.6 (RTX 3090)"),
         "hardware.cards": (1, 1024, "1 to 1024"),
+        "offload.cpu_gib": (0, 4096, "0 to 4096 GiB"),
         "run.in_flight": (1, 1024, "1 to 1024 prompts"),
         "parallel.tensor": (1, 1024, "at least 1 rank"),
         "parallel.pipeline": (1, 1024, "at least 1 stage"),
@@ -401,6 +402,11 @@ def _check_prompts(config: Config) -> Iterator[str]:
         yield "prompts.text is a text or a list of texts; quote it for the shell: 'prompts.text=What is {}?'"
 
 
+def _check_offload(config: Config) -> Iterator[str]:
+    if config.offload.folder is not None and not config.offload.folder.strip():
+        yield "offload.folder is empty: name a folder, or leave it unset"
+
+
 def _check_server(config: Config) -> Iterator[str]:
     if not config.server.host:
         yield "server.host is empty: 127.0.0.1 is this machine only, 0.0.0.0 every address that it has"
@@ -417,6 +423,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     _check_memory,
     _check_model,
     _check_prompts,
+    _check_offload,
     _check_server,
 )
 

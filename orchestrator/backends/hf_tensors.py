@@ -15,28 +15,50 @@ _REPACKS = "_convert_weight_packed_for_cpu"
 
 
 def bytes_per_tensor(model: Any) -> dict[str, dict[str, int]]:
-    """device -> {tensor name: bytes}, each piece of memory once (a tied head is its embedding)."""
+    """device -> {tensor name: bytes}, each piece of memory once (a tied head is its embedding).
+
+    What accelerate holds offloaded counts where it is: on "cpu" or "disk". Anything else without data is on "meta".
+    """
     placement: dict[str, dict[str, int]] = {}
     seen: set[object] = set()
-    for name, tensor in _tensors(model):
+    for name, tensor, store in _tensors(model):
         # A meta tensor has no address.
         key = (str(tensor.device), tensor.data_ptr()) if tensor.device.type != "meta" else id(tensor)
         if key in seen or tensor.numel() == 0:
             continue
         seen.add(key)
-        placement.setdefault(str(tensor.device), {})[name] = tensor.numel() * tensor.element_size()
+        placement.setdefault(store or str(tensor.device), {})[name] = tensor.numel() * tensor.element_size()
     return placement
 
 
-def _tensors(model: Any) -> Iterator[tuple[str, Any]]:
+def _tensors(model: Any) -> Iterator[tuple[str, Any, str]]:
+    """(name, tensor, where it is offloaded to or "")."""
     for path, module in model.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in own:
             full = f"{path}.{name}" if path else name
-            yield full, tensor
+            yield full, tensor, _store(module, name) if tensor.device.type == "meta" else ""
             for extra, value in _beside(module, tensor).items():
                 if value is not None:
-                    yield f"{full}.{extra}", value
+                    yield f"{full}.{extra}", value, ""
+
+
+def offload_hooks(module: Any) -> list[Any]:
+    """accelerate's hooks that bring the module's own weights in before its forward pass."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))  # several are held in one
+    return [h for h in hooks if getattr(h, "offload", False) and getattr(h, "weights_map", None) is not None]
+
+
+def _store(module: Any, name: str) -> str:
+    """Where the hooks have a tensor from: "cpu", "disk", or "" where none has it."""
+    for hook in offload_hooks(module):
+        held, key = hook.weights_map.dataset, f"{hook.weights_map.prefix}{name}"
+        if key in held.state_dict:
+            return str(held.state_dict[key].device)
+        if key in held.index:
+            return "disk"
+    return ""
 
 
 def _beside(module: Any, weight: Any) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from collections import deque
 from typing import Any
 
 from orchestrator.backends.hf_batch import Batch, Steps
-from orchestrator.backends.hf_tensors import bytes_per_tensor, keep_4bit_layout
+from orchestrator.backends.hf_tensors import bytes_per_tensor, keep_4bit_layout, offload_hooks
+from orchestrator.backends.offload_folder import OffloadFolder
 from orchestrator.backends.protocol import Event, Failed, LoadPlan, Request, Score, Stats
 from orchestrator.backends.row import Row, problem
 from orchestrator.backends.usage import gpu_peaks, host_peak, installed
@@ -22,6 +23,7 @@ _QUANTIZATION: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
 }
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "bitsandbytes")
+_STORES = ("cpu", "disk")
 _NAMED = 3  # tensors in a message
 _SCORE_ROWS = 256  # positions whose float32 log-probabilities are held at a time
 
@@ -41,14 +43,23 @@ class HuggingFaceEngine:
         self._at_once: list[Event] = []  # ends that need no step
         self._batch: Batch | None = None
         self._done = Stats(0, [], 0, 0.0, 0, 0.0)  # counters of the batches that are over
+        self._folder: OffloadFolder | None = None
 
     def load(self, plan: LoadPlan) -> None:
         """Loads plan.model from local safetensors with plan.device_map as it is.
 
         Raises:
-            EngineError: the method is not ours.
+            EngineError: the method is not ours, or what is offloaded would compute elsewhere than planned.
             CheckpointError: tensors are missing or have other shapes than config.json says.
+            DoesNotFitError: the disk has no room for what is offloaded there.
         """
+        try:
+            self._load(plan)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, plan: LoadPlan) -> None:
         # Before the imports: nothing is fetched, neither models nor kernels.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         import torch
@@ -63,7 +74,7 @@ class HuggingFaceEngine:
         self._tokenizer = AutoTokenizer.from_pretrained(plan.model, **local)
         self._model, info = AutoModelForCausalLM.from_pretrained(
             plan.model,
-            device_map=dict(plan.device_map),
+            **self._placed(plan),
             dtype=getattr(torch, plan.dtype),
             use_safetensors=True,
             output_loading_info=True,
@@ -72,10 +83,34 @@ class HuggingFaceEngine:
             **plan.engine_args,
         )
         self._check_keys(info)
+        self._check_execution(plan)
         self._model.eval()
         if plan.method in ("nf4", "fp4"):
             keep_4bit_layout(self._model)
         self._read_tokens()
+
+    def _placed(self, plan: LoadPlan) -> dict[str, Any]:
+        """The keywords that place the model, its offload included."""
+        if not _offloads(plan):
+            return {"device_map": dict(plan.device_map)}
+        placed: dict[str, Any] = {"device_map": {path: _number(device) for path, device in plan.device_map.items()}}
+        if "disk" in plan.device_map.values():
+            # transformers reads plain weights from the model's own files, and writes here only what it has to change.
+            self._folder = OffloadFolder(plan.offload_folder, plan.weights["disk"])
+            placed["offload_folder"] = str(self._folder.path)
+        return placed
+
+    def _check_execution(self, plan: LoadPlan) -> None:
+        """accelerate takes the first device of a set for what is offloaded; the plan kept room on the first by number.
+
+        Raises:
+            EngineError: it took another one.
+        """
+        main = min((_number(device) for device in plan.weights if device not in _STORES), default="cpu")
+        for path, module in self._model.named_modules():
+            for hook in offload_hooks(module):
+                if hook.execution_device != main:
+                    raise EngineError(f"{path} is offloaded and would compute on {hook.execution_device}, not {main}")
 
     @staticmethod
     def _quantization(plan: LoadPlan, local: dict[str, Any]) -> dict[str, Any]:
@@ -91,6 +126,8 @@ class HuggingFaceEngine:
         if getattr(config, "quantization_config", None) is not None:
             return {}  # stored in this form already: its own configuration describes it
         options = dict(_QUANTIZATION[plan.method])
+        if _offloads(plan):  # whatever its name says: these modules stay unquantized, in plan.dtype
+            options["llm_int8_enable_fp32_cpu_offload"] = True
         if options.get("load_in_4bit"):
             options["bnb_4bit_use_double_quant"] = plan.double_quant
             options["bnb_4bit_compute_dtype"] = getattr(torch, plan.dtype)
@@ -229,3 +266,16 @@ class HuggingFaceEngine:
         self._model = None
         self._tokenizer = None
         self._waiting.clear()
+        if self._folder is not None:
+            self._folder.close()
+
+
+def _offloads(plan: LoadPlan) -> bool:
+    """Whether the map has parts that compute elsewhere than they lie."""
+    devices = set(plan.device_map.values())
+    return "disk" in devices or ("cpu" in devices and len(devices) > 1)
+
+
+def _number(device: str) -> int | str:
+    """ "cuda:1" as 1: of numbers, accelerate takes the lowest for the main device; of names, any."""
+    return int(device.removeprefix("cuda:")) if device.startswith("cuda:") else device

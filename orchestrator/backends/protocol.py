@@ -31,6 +31,7 @@ class LoadPlan:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     gpu_split: tuple[float, ...] = ()  # GiB per GPU
+    offload_folder: str = ""  # what device_map has on "disk" may be written under it
     trust_remote_code: bool = False
     engine_args: dict[str, Any] = field(default_factory=dict)
 

@@ -99,7 +99,7 @@ BACKENDS: dict[str, Backend] = {
             packages=("torch", "transformers", "accelerate", "bitsandbytes"),
             extra="bitsandbytes",
             speed={"nf4": 1.0, "fp4": 1.0, "int8": 0.5},
-            keys=frozenset({"quant.double"}),
+            keys=frozenset({"quant.double", "offload.folder", "offload.cpu_gib"}),
         ),
         Backend(
             name="transformers",
@@ -110,6 +110,7 @@ BACKENDS: dict[str, Backend] = {
             packages=("torch", "transformers", "accelerate"),
             extra="transformers",
             speed={"none": 1.2},
+            keys=frozenset({"offload.folder", "offload.cpu_gib"}),
         ),
         Backend(
             name="vllm",

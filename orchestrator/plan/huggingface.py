@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.checkpoint.spec import ModelSpec, SpecTensor
 from orchestrator.hardware import MIB, Hardware
+from orchestrator.plan.offload import BANDWIDTH, Offload, Piece, Spread, allowed, disk_room, spread
 from orchestrator.plan.types import Ask, Candidate, DeviceBytes
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # safetensors' names
 # Resident memory of the process before any weight: interpreter, torch, transformers, the engine. Linux x86-64:
 # 410 MiB with the CPU build of torch 2.13, more with a CUDA build, which loads larger libraries.
 HOST_RUNTIME = {"cpu": 600 * MIB, "cuda": 3000 * MIB}
@@ -61,15 +63,15 @@ def tensor_bytes(tensor: SpecTensor, ask: Ask) -> int:
     return math.prod(tensor.shape) * DTYPE_BYTES[ask.dtype]
 
 
-def units(spec: ModelSpec, ask: Ask) -> list[Unit]:
-    """The model in the order of its forward pass. A tied head stays with the embedding."""
+def units(spec: ModelSpec, ask: Ask, stored: bool = False) -> list[Unit]:
+    """The model in the order of its forward pass, as loaded or as `stored`. A tied head stays with the embedding."""
     # Layers with a sliding window count as the others: after a prefill they hold a view of all its keys and values.
     kv = [cache.elements * DTYPE_BYTES[ask.dtype] for cache in spec.layer_caches]
     first: dict[str, int] = {}
     layers: dict[int, tuple[str, int]] = {}
     last: dict[str, int] = {}
     for tensor in spec.tensors:
-        size = tensor_bytes(tensor, ask)
+        size = tensor.nbytes if stored else tensor_bytes(tensor, ask)
         if tensor.layer is not None:
             prefix = re.split(rf"(?<=\.{tensor.layer})\.", tensor.name, maxsplit=1)[0]
             layers[tensor.layer] = (prefix, layers.get(tensor.layer, ("", 0))[1] + size)
@@ -124,7 +126,15 @@ def estimate(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
 
 def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: list[Unit], context: int) -> Candidate:
     place = _on_gpus if hardware.gpus else _on_host
-    return place(spec, hardware, ask, parts, context)
+    plain = place(spec, hardware, ask, parts, context)
+    offload = allowed(ask.settings, hardware.host_available - HOST_RUNTIME["cuda"])
+    if plain.fits or offload is None:
+        return plain
+    if ask.method != "none" and not hardware.gpus:
+        # As soon as a map names the CPU or the disk beside another device, transformers quantizes nothing there.
+        reason = "bitsandbytes offloads from a GPU only; without one, backend=transformers offloads to a folder"
+        return replace(plain, reasons=(*plain.reasons, reason))
+    return _offloaded(spec, hardware, ask, offload, context) or plain
 
 
 def _on_host(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: list[Unit], context: int) -> Candidate:
@@ -169,3 +179,80 @@ def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: list[Unit], c
     host = DeviceBytes("cpu", 0, 0, 0, HOST_RUNTIME["cuda"], hardware.host_available)
     placed = {gpu.device: gpu.weights for gpu in gpus}
     return Candidate.of(ask, context, gpus, host, device_map=device_map, weights=placed)
+
+
+def _offloaded(spec: ModelSpec, hardware: Hardware, ask: Ask, offload: Offload, context: int) -> Candidate | None:
+    """With what is over in host memory and on disk; None where that is no way either."""
+    scratch = scratch_bytes(spec, ask, context)
+    runtime = CUDA_RUNTIME if hardware.gpus else HOST_RUNTIME["cpu"]
+    free = {f"cuda:{gpu.index}": gpu.free for gpu in hardware.gpus} or {"cpu": hardware.host_available}
+    stores = {"cpu": offload.cpu} if hardware.gpus else {}
+    if offload.folder is not None:
+        stores["disk"] = disk_room(offload.folder)
+    room = {device: size - runtime - scratch for device, size in free.items()}
+    found = spread(_pieces(spec, ask, context), room, stores, _copy_bytes(spec, ask))
+    if found is None:
+        return None
+    computing = tuple(
+        DeviceBytes(
+            device,
+            found.weights[device],
+            found.cache[device],
+            scratch + (found.brought_in if device == found.main else 0),
+            runtime,
+            free[device],
+        )
+        for device in free
+        if device in found.weights
+    )
+    on_host = found.weights.get("cpu", 0)
+    host = DeviceBytes("cpu", on_host, 0, 0, HOST_RUNTIME["cuda"], hardware.host_available)
+    on_disk = found.weights.get("disk", 0)
+    reasons = _too_little(found, offload) if list(stores)[-1] == "cpu" else ()
+    return Candidate.of(
+        ask,
+        context,
+        computing if hardware.gpus else (),
+        host if hardware.gpus else computing[0],
+        reasons,
+        device_map=found.device_map,
+        weights=found.weights,
+        disk=DeviceBytes("disk", on_disk, 0, 0, 0, stores["disk"]) if on_disk else None,
+        offload_folder=offload.folder or "",
+        most_tokens_per_s=found.most_tokens_per_s,
+        notes=(
+            _speed(found, on_host if hardware.gpus else 0, on_disk),
+            *((f"what is offloaded is not quantized: it stays in {ask.dtype}",) if ask.method != "none" else ()),
+        ),
+    )
+
+
+def _pieces(spec: ModelSpec, ask: Ask, context: int) -> list[Piece]:
+    """The units as they are where they compute, where they are offloaded (never quantized), and in the files."""
+    away, stored = units(spec, replace(ask, method="none")), units(spec, ask, stored=True)
+    return [
+        Piece(unit.modules, unit.weights, other.weights, file.weights, unit.kv_per_token * context * ask.max_in_flight)
+        for unit, other, file in zip(units(spec, ask), away, stored, strict=True)
+    ]
+
+
+def _copy_bytes(spec: ModelSpec, ask: Ask) -> int:
+    """A tensor on disk keeps the dtype of its file, and is converted where it computes: both are there for a moment."""
+    others = (t.nbytes for t in spec.tensors if t.role != "embedding" and t.dtype != STORED[ask.dtype])
+    return max(others, default=0)
+
+
+def _too_little(found: Spread, offload: Offload) -> tuple[str, ...]:
+    if found.over <= 0:
+        return ()
+    have = f"{offload.cpu / 2**30:.2f} GiB of host memory for offloaded weights"
+    return (f"{have} are {found.over / 2**30:.2f} GiB too little",)
+
+
+def _speed(found: Spread, on_host: int, on_disk: int) -> str:
+    ways = (("host memory", "cpu", on_host), ("disk", "disk", on_disk))
+    moved = [f"{size / 2**30:.2f} GiB from {name} ({BANDWIDTH[key] / 1e9:g} GB/s)" for name, key, size in ways if size]
+    return (
+        f"offload brings in {' and '.join(moved)} for every token: "
+        f"at most about {found.most_tokens_per_s:.2g} tokens/s for each answer"
+    )

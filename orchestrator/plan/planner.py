@@ -15,6 +15,7 @@ from orchestrator.config import ENGINE_KEYS, Config, get
 from orchestrator.engine.interpreters import interpreter, require
 from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError, OrchestratorError
 from orchestrator.hardware import BF16, Hardware
+from orchestrator.plan import offload
 from orchestrator.plan.types import Ask, Candidate, Plan
 
 GIB = 2**30
@@ -26,7 +27,10 @@ CONTEXT_STEP = 512  # contexts below the goal count by such steps: a few tokens 
 def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
     """The best candidate first, by the design's order.
 
-    Fits; then the least loss of precision that keeps the context; then speed; installed before not installed.
+    Fits; needs no offload; then the least loss of precision that keeps the context; then speed; installed before not
+    installed. Offload comes before precision because it costs a factor of ten or more in speed, where 4 bits cost a
+    little quality: who wants the precision asks for the width, and then nothing stands before the offload. Only what
+    has not even half of the context stands behind one with offload that keeps it.
 
     Raises:
         ConfigError: no engine has the method, the bits and the keys that were asked for together.
@@ -34,6 +38,7 @@ def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
         DoesNotFitError: never here: a plan that does not fit is an answer too (see `must_fit`).
     """
     _check_context(config, spec)
+    offload.check_offload(config, bool(hardware.gpus))
     if spec.quantization is not None:
         method = shown(spec.quantization.get("quant_method", "unknown"), 40)
         raise ConfigError(
@@ -105,6 +110,8 @@ def why(chosen: Candidate, plan: Plan, config: Config) -> str:
     if not any(c.fits for c in others):
         return "the only one that fits"
     better = [c for c in others if c.fits and _loss(c) < _loss(chosen)]
+    if better and better[0].offloads and not chosen.offloads:
+        return f"it needs no offload, unlike {better[0].label}, which would be far slower"
     if better:
         return f"installed, unlike {better[0].label}"
     asked = f" with {config.quant.bits:g} bits" if config.quant.bits is not None else ""
@@ -232,17 +239,35 @@ def _dtype_notes(config: Config, chosen: Candidate, hardware: Hardware) -> Itera
 
 
 def _estimate(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
-    """One combination's candidate: with the most sequences in flight that leave room for the context."""
+    """One combination's candidate: with the most sequences in flight that leave room for the context.
+
+    Offload is looked at last, where it is allowed and gives more context than fewer sequences in flight do.
+    """
     backend = BACKENDS[ask.backend]
     module, function = backend.memory.split(":")
     estimate = getattr(importlib.import_module(module), function)
     goal = _goal(config, spec)
-    candidate: Candidate
-    for in_flight in (ask.max_in_flight,) if config.run.in_flight else IN_FLIGHT:
-        candidate = estimate(spec, hardware, replace(ask, max_in_flight=in_flight))
-        if candidate.fits and candidate.max_context >= goal:
+    settings = {key: value for key, value in ask.settings.items() if key not in offload.KEYS}
+    asks = [replace(ask, settings=settings)] + ([ask] if settings != ask.settings else [])
+    found: list[Candidate] = []
+    for asked in asks:
+        for in_flight in (ask.max_in_flight,) if config.run.in_flight else IN_FLIGHT:
+            candidate: Candidate = estimate(spec, hardware, replace(asked, max_in_flight=in_flight))
+            found.append(candidate)
+            if candidate.fits and candidate.max_context >= goal and not candidate.offloads:
+                break
+        if found[-1].fits and not _is_short(found[-1], goal):
             break
-    return replace(candidate, installed=interpreter(backend, config, hardware.device) is not None)
+    fitting = [candidate for candidate in found if candidate.fits]
+    # Where nothing fits, the last try has the reasons that matter: those against the offload, if one was allowed.
+    best = max(fitting, key=lambda c: (not _is_short(c, goal), *_way(c, goal))) if fitting else found[-1]
+    return replace(best, installed=interpreter(backend, config, hardware.device) is not None)
+
+
+def _way(candidate: Candidate, goal: int) -> tuple[bool, int, float, int]:
+    """No offload, then more context, then the fastest answer: caches of fewer in flight push out less weights."""
+    context = min(candidate.max_context, goal)
+    return not candidate.offloads, context, candidate.most_tokens_per_s or 0.0, candidate.max_in_flight
 
 
 def _goal(config: Config, spec: ModelSpec) -> int:
@@ -254,8 +279,18 @@ def _rank(candidate: Candidate, goal: int) -> tuple[float, ...]:
     speed = BACKENDS[candidate.backend].speed.get(candidate.method, 0.0)
     if not candidate.fits:  # nearest to fitting first
         return (1, sum(device.total for device in candidate.devices))
-    steps = math.ceil(max(0, goal - candidate.max_context) / CONTEXT_STEP)
-    return (0, steps, _loss(candidate), -candidate.bits, -speed, not candidate.installed)
+    offload_and_context = (_is_short(candidate, goal), candidate.offloads, _steps(candidate, goal))
+    return (0, *offload_and_context, _loss(candidate), -candidate.bits, -speed, not candidate.installed)
+
+
+def _steps(candidate: Candidate, goal: int) -> int:
+    """How far the context is from the goal."""
+    return math.ceil(max(0, goal - candidate.max_context) / CONTEXT_STEP)
+
+
+def _is_short(candidate: Candidate, goal: int) -> bool:
+    """Whether the context is less than half of the goal: then an offload that keeps it is better."""
+    return 2 * _steps(candidate, goal) > math.ceil(goal / CONTEXT_STEP)
 
 
 def _loss(candidate: Candidate) -> float:
@@ -277,7 +312,7 @@ def _nothing_matches(config: Config) -> str:
 
 
 def _ways_out(config: Config, spec: ModelSpec, hardware: Hardware, plan: Plan) -> str:
-    """What would fit, cheapest change first, each with its number."""
+    """What would fit, cheapest change first, each with its number; what offload would do comes last."""
     short = replace(plan.chosen, max_context=0)
     tries: list[tuple[str, Config]] = []
     if (config.run.in_flight or 1) > 1:
@@ -285,18 +320,59 @@ def _ways_out(config: Config, spec: ModelSpec, hardware: Hardware, plan: Plan) -
     if config.model.max_context is not None:
         tries.append(("a shorter model.max_context", _changed(config, context=True)))
     tries.append(("another width", _changed(config, in_flight=1, context=True, width=True)))
+    ways = []
     for name, other in tries:
         asks = _asks(other, spec, hardware)
         found = min((_estimate(other, spec, hardware, ask) for ask in asks), key=lambda c: _rank(c, 0))
         if found.fits:
-            need = max(d.total / GIB for d in found.devices)
             settings = f"backend={found.backend} quant.bits={found.bits:g} model.max_context={found.max_context}"
             how = name if name.startswith("run.") else f"{settings} run.in_flight={found.max_in_flight}"
-            return f"What would fit: {how} ({need:.2f} GiB)."
+            ways.append(f"{how} ({_most(found):.2f} GiB)")
+            break
         short = found
+    ways += _offload_ways(config, spec, hardware) or _offload_ways(_changed(config, width=True), spec, hardware)
+    if ways:
+        return f"What would fit: {'; or, slower, '.join(ways)}."
     have = sum(d.capacity for d in short.devices) / GIB
     need = sum(d.total for d in short.devices) / GIB
     return f"Nothing that this version has would fit: {short.label} needs {need:.2f} GiB of {have:.2f} GiB."
+
+
+def _most(candidate: Candidate) -> float:
+    """GiB on the device that holds the most of what is loaded, the disk aside."""
+    return max(d.total / GIB for d in (candidate.gpus or (candidate.host,)))
+
+
+def _offload_ways(config: Config, spec: ModelSpec, hardware: Hardware) -> list[str]:
+    """What was asked for, with a part of it in host memory or on disk; in both only where one is not enough."""
+    if config.backend.name != "auto" and not BACKENDS[config.backend.name].keys >= set(offload.KEYS):
+        config = replace(config, backend=replace(config.backend, name="auto"))
+    host, disk = hardware.host_available / GIB, offload.ANY_FOLDER
+    ways: list[str] = []
+    for cpu, path in ((host, None), (None, disk), (host, disk)) if hardware.gpus else ((None, disk),):
+        if cpu is not None and path is not None and ways:
+            continue
+        other = replace(config, offload=replace(config.offload, cpu_gib=cpu, folder=path))
+        candidates = [_estimate(other, spec, hardware, ask) for ask in _asks(other, spec, hardware)]
+        fitting = sorted((c for c in candidates if c.fits and c.offloads), key=lambda c: _rank(c, _goal(config, spec)))
+        if fitting:
+            ways.append(_offload_way(config, fitting[0]))
+    return ways
+
+
+def _offload_way(config: Config, found: Candidate) -> str:
+    """The settings that a person types, and what they cost."""
+    keys = [] if config.backend.name == found.backend else [f"backend={found.backend}"]
+    keys += [] if config.quant.bits == found.bits else [f"quant.bits={found.bits:g}"]
+    where = []
+    if found.gpus and found.host.weights:
+        size = math.ceil(found.host.weights / GIB * 100) / 100
+        keys.append(f"offload.cpu_gib={size:g}")
+        where.append(f"{size:g} GiB in host memory")
+    if found.disk:
+        keys.append("offload.folder=/path")
+        where.append(f"{found.disk.weights / GIB:.2f} GiB on disk")
+    return f"{' '.join(keys)} ({', '.join(where)}, at most {found.most_tokens_per_s:.2g} tokens/s)"
 
 
 def _changed(config: Config, *, in_flight: int | None = None, context: bool = False, width: bool = False) -> Config:
@@ -307,4 +383,5 @@ def _changed(config: Config, *, in_flight: int | None = None, context: bool = Fa
         return replace(config, run=run, model=model)
     quant = replace(config.quant, bits=None, method="auto", double=None)
     backend = replace(config.backend, name="auto")
-    return replace(config, run=run, model=replace(model, dtype="auto"), quant=quant, backend=backend)
+    offload_ = replace(config.offload, folder=None, cpu_gib=None)
+    return replace(config, offload=offload_, run=run, model=replace(model, dtype="auto"), quant=quant, backend=backend)

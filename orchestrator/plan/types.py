@@ -13,7 +13,7 @@ class DeviceBytes:
     """One device's share of a plan.
 
     Attributes:
-        device: "cuda:0", ..., or "cpu" for the host.
+        device: "cuda:0", ..., "cpu" for the host, or "disk".
         runtime: the engine's libraries and the CUDA context, whatever the model.
         capacity: what is free there for this run.
     """
@@ -65,7 +65,13 @@ class Ask:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One combination's answer: does it fit, and where everything goes."""
+    """One combination's answer: does it fit, and where everything goes.
+
+    Attributes:
+        disk: what is offloaded to `offload_folder`; None: nothing.
+        most_tokens_per_s: a bound on the speed of one answer, where weights are offloaded; None: none are.
+        notes: what is to be known of an offload before it runs.
+    """
 
     backend: str
     method: str
@@ -85,6 +91,10 @@ class Candidate:
     pipeline_parallel: int = 1
     gpu_split: tuple[float, ...] = ()
     cache_bits: int = 16
+    disk: DeviceBytes | None = None
+    offload_folder: str = ""
+    most_tokens_per_s: float | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -97,9 +107,10 @@ class Candidate:
         **more: Any,
     ) -> Candidate:
         """The answer to an ask: it fits if there are no `reasons` against it and no device has too little."""
+        disk: DeviceBytes | None = more.get("disk")
         over = tuple(
             f"{d.device} needs {d.total / 2**30:.2f} GiB and has {d.capacity / 2**30:.2f} GiB free"
-            for d in (*gpus, host)
+            for d in (*gpus, host, *((disk,) if disk else ()))
             if d.total > d.capacity
         )
         return cls(
@@ -120,7 +131,12 @@ class Candidate:
     @property
     def devices(self) -> tuple[DeviceBytes, ...]:
         """Every device that the plan uses."""
-        return (*self.gpus, self.host)
+        return (*self.gpus, self.host, *((self.disk,) if self.disk else ()))
+
+    @property
+    def offloads(self) -> bool:
+        """Whether weights move to the device that computes in every step."""
+        return self.most_tokens_per_s is not None
 
     @property
     def label(self) -> str:
@@ -147,6 +163,9 @@ class Candidate:
             "max_in_flight": self.max_in_flight,
             "gpus": [gpu.to_json() for gpu in self.gpus],
             "host": self.host.to_json(),
+            "disk": self.disk.to_json() if self.disk else None,
+            "most_tokens_per_s": self.most_tokens_per_s,
+            "offload_notes": list(self.notes),
             "device_map": self.device_map,
             "weights": self.weights,
         }
@@ -164,7 +183,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return {
             **self.chosen.to_json(),
-            "notes": list(self.notes),
+            "notes": [*self.notes, *self.chosen.notes],
             "hardware": self.hardware.to_json() if self.hardware is not None else None,
             "candidates": [candidate.to_json() for candidate in self.candidates],
         }

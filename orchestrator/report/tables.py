@@ -109,7 +109,7 @@ def candidates_table(plan: Plan) -> Table:
     )
     for c in plan.candidates:
         need = max(c.gpus or (c.host,), key=lambda d: d.total / max(1, d.capacity))
-        fits = "yes" if c.fits else "no"
+        fits = ("offload" if c.offloads else "yes") if c.fits else "no"
         method = METHODS[c.method].label + (" double" if c.double_quant else "")
         cells = (c.backend, method, f"{c.bits:g}", fits, short(need.total), need.device)
         made.add_row(*cells, str(c.max_context), "yes" if c.installed else "no", style="" if c.fits else "dim")

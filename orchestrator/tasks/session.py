@@ -256,6 +256,8 @@ def show_plan(planned: Planned, chosen: Candidate) -> None:
     out.print(plan_table(chosen))
     if chosen.fits:
         note(f"chosen: {chosen.label}: {why(chosen, planned.plan, planned.config)}")
+    for line in chosen.notes:
+        note(f"note: {line}")
 
 
 def load_plan(planned: Planned, chosen: Candidate, model: Path) -> LoadPlan:
@@ -277,6 +279,7 @@ def load_plan(planned: Planned, chosen: Candidate, model: Path) -> LoadPlan:
         tensor_parallel=chosen.tensor_parallel,
         pipeline_parallel=chosen.pipeline_parallel,
         gpu_split=chosen.gpu_split,
+        offload_folder=str(folder(chosen.offload_folder)) if chosen.offload_folder else "",
         trust_remote_code=planned.config.model.trust_remote_code,
         engine_args=dict(planned.config.backend.engine_args),
     )

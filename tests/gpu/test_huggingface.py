@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from orchestrator import embedded
+from orchestrator.hardware import DRIVER_KEEPS, GIB
 
 pytestmark = pytest.mark.gpu
 torch = pytest.importorskip("torch")
@@ -64,3 +68,52 @@ def test_a_split_over_two_gpus_is_placed_as_planned(tmp_path: Path, store: Path)
         tmp_path, store, "backend=transformers", "quant.bits=32", "hardware.memory_gib=1.22", "hardware.gpus=[0,1]"
     )
     assert set(result["measured"]["placement"]) == {gpu["device"] for gpu in result["plan"]["gpus"]}
+
+
+ONE = ["run.in_flight=1", "model.max_context=512", "generation.max_tokens=24"]
+
+
+def offloaded(tmp_path: Path, store: Path, share: float, *options: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The results without a cap, and with one that leaves room for a share of the weights on the GPU."""
+    whole = run(tmp_path / "whole", store, *ONE, *options)
+    gpu = whole["plan"]["gpus"][0]
+    cap = (gpu["total"] - (1 - share) * gpu["weights"] + DRIVER_KEEPS) / GIB
+    folder = tmp_path / "offload"
+    keys = [f"hardware.memory_gib={cap}", f"offload.folder={folder}"]
+    size = 0.003 if gpu["weights"] < 50 << 20 else 0.1
+    part = run(tmp_path / "part", store, *ONE, *options, *keys, f"offload.cpu_gib={size}")
+    assert list(folder.iterdir()) == []
+    return whole, part
+
+
+def check_offload(result: dict[str, Any]) -> None:
+    placement, weights = result["measured"]["placement"], result["plan"]["weights"]
+    assert set(placement) == set(weights) == {"cuda:0", "cpu", "disk"}
+    assert placement["cuda:0"] == pytest.approx(weights["cuda:0"], rel=0.02)
+    assert (placement["cpu"], placement["disk"]) == (weights["cpu"], weights["disk"])
+    gpu = result["plan"]["gpus"][0]
+    assert result["measured"]["gpu_peak_bytes"][0] <= gpu["total"] - gpu["runtime"]
+    assert result["measured"]["decode_tokens_per_s"] < result["plan"]["most_tokens_per_s"] * 2  # files may be cached
+
+
+@pytest.mark.parametrize("bits", [32, 16])
+def test_offload_to_memory_and_disk_answers_as_the_whole_model(bits: int, tmp_path: Path, store: Path) -> None:
+    whole, part = offloaded(tmp_path, store, 0.7, "backend=transformers", f"quant.bits={bits}")
+    check_offload(part)
+    assert [a["answer"] for a in part["answers"]] == [a["answer"] for a in whole["answers"]]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_offload_beside_quantized_layers(bits: int, tmp_path: Path, store: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(embedded.BASE, tmp_path / "model", ignore=shutil.ignore_patterns("*.bin", "*.index.json"))
+    config = LlamaConfig.from_pretrained(embedded.BASE)
+    config.update({"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64})
+    config.update({"intermediate_size": 4096, "num_hidden_layers": 24, "initializer_range": 0.02})
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.float16).save_pretrained(tmp_path / "model")
+    options = [f"model.path={tmp_path / 'model'}", "prompts.text=What is a list?"]
+    _, part = offloaded(tmp_path, store, 0.75, "backend=bitsandbytes", f"quant.bits={bits}", *options)
+    check_offload(part)
+    assert "not quantized" in part["plan"]["notes"][-1]

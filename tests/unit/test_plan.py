@@ -389,7 +389,7 @@ def test_what_does_not_fit_is_told_with_numbers_and_a_way_out_that_works(
 ) -> None:
     message = refused(composed(*argv), specs[shape], hardware)
     assert re.search(r"(cuda:\d|cpu) needs \d+\.\d\d GiB and has \d+\.\d\d GiB free", message)
-    told = re.search(r"What would fit: (.*) \(\d", message)
+    told = re.search(r"What would fit: (.*?) \(\d", message)
     assert told, message
     changes = told[1].split()
     assert all("=" in change for change in changes), message
@@ -400,7 +400,7 @@ def test_what_does_not_fit_is_told_with_numbers_and_a_way_out_that_works(
 
 
 def test_where_nothing_fits_that_is_said_with_numbers(specs: dict[Llama, ModelSpec]) -> None:
-    message = refused(composed(), specs[LLAMA_70B], cards(1))
+    message = refused(composed(), specs[LLAMA_70B], cards(1, 2))
     assert "Nothing that this version has would fit" in message
     assert len(re.findall(r"\d+\.\d\d GiB", message)) >= 4
 
