@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.artifacts import MANIFEST, RECIPE_NAME, Artifact, Built, Recipe, Store, digest, kept, last_used
+from orchestrator.artifacts import MANIFEST, RECIPE_NAME, Artifact, Built, Recipe, Store, kept, last_used
+from orchestrator.checkpoint.digest import digest
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.config import Config
 from orchestrator.errors import DoesNotFitError, RequestError, StageError
@@ -96,7 +97,9 @@ def test_the_manifest_tells_what_it_was_made_of(store: Store) -> None:
     assert manifest["inputs"] == RECIPE.inputs
     assert manifest["options"] == RECIPE.options
     assert (manifest["stage"], manifest["stage_version"]) == ("merge", 3)
-    assert manifest["files"]["a.safetensors"] == {"size": 700, "xxh3_128": digest(artifact.path / "a.safetensors")}
+    file = artifact.path / "a.safetensors"
+    said = {"size": 700, "xxh3_128": digest(file), "mtime_ns": file.stat().st_mtime_ns}
+    assert manifest["files"]["a.safetensors"] == said
     assert set(manifest["files"]) == {"a.safetensors", "config.json"}
     assert artifact.size == 702
 
@@ -598,3 +601,34 @@ def test_an_artifact_that_lost_a_file_is_built_again(tmp_path: Path, harm: str) 
     assert build()
     assert weights.read_bytes() == b"12345678"
     assert not build()
+
+
+def test_a_file_that_was_edited_in_place_is_built_again(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    artifact, _ = build(store)
+    file = artifact.path / "a.safetensors"
+    output = store.root.parent / "output"
+    os.link(file, output)
+    damage_byte(output)
+    os.utime(output, ns=(1, file.stat().st_mtime_ns + 1))
+    assert build(store)[1]
+    assert f"{file} has changed since it was built: it is built again" in caplog.text
+    assert file.read_bytes() == b"weights" * 100
+    assert not build(store)[1]
+
+
+def test_a_copied_store_is_taken_after_one_look_at_its_digests(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact, _ = build(store)
+    file = artifact.path / "a.safetensors"
+    built = file.stat().st_mtime_ns
+    os.utime(file, (1, 1))
+    assert not build(store)[1]
+    assert file.stat().st_mtime_ns == built
+    monkeypatch.setattr("orchestrator.artifacts.digest", lambda path: pytest.fail("read twice"))
+    assert not build(store)[1]
+
+
+def test_a_manifest_without_times_is_no_manifest(store: Store) -> None:
+    artifact, _ = build(store)
+    rest = {name: {"size": e.size, "xxh3_128": e.xxh3_128} for name, e in artifact.files.items()}
+    (artifact.path / MANIFEST).write_text(json.dumps(artifact.manifest | {"files": rest}))
+    assert build(store)[1]
