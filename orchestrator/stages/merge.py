@@ -23,6 +23,7 @@ import psutil
 from orchestrator.checkpoint.adapter import Adapter
 from orchestrator.checkpoint.adapter import fingerprint as adapter_fingerprint
 from orchestrator.checkpoint.carry import carry_over
+from orchestrator.checkpoint.digest import digest
 from orchestrator.checkpoint.folder import Checkpoint, fingerprint
 from orchestrator.checkpoint.spec import main_dtype
 from orchestrator.checkpoint.tensors import DTYPES, PLAIN_FLOATS
@@ -116,7 +117,7 @@ def merge(
             "dtype": written,
             "tensors": sum(len(shard.tensors) for shard in shards),
             "bytes": sum(shard.file_bytes for shard in shards),
-            "shards": [{key: record[key] for key in ("name", "bytes", "digest")} for record in records],
+            "shards": [{key: record[key] for key in ("name", "bytes", "xxh3_128")} for record in records],
             "dropped": list(plan.dropped),
             "notes": list(plan.notes),
             "carried": _carry(job, shards, written),
@@ -266,7 +267,7 @@ def _write_shard(
         record = {
             "name": shard.name,
             "bytes": shard.file_bytes,
-            "digest": writer.finish(),
+            "xxh3_128": writer.finish(),
             "recipe": job.recipe,
             "modules": [
                 _module(job.outputs[name], tally) for name, tally in tallies.items() if _told(job.outputs[name])
@@ -305,14 +306,12 @@ def _kept(job: _Job, shard: Shard) -> dict[str, Any] | None:
     file = job.out / shard.name
     try:
         record = json.loads(_record_file(job.out, shard.name).read_text(encoding="utf-8"))
-        header = shard.header
-        with file.open("rb") as stream:
-            whole = file.stat().st_size == shard.file_bytes and stream.read(len(header)) == header
+        if not isinstance(record, dict) or record.get("recipe") != job.recipe:
+            return None
+        whole = file.stat().st_size == shard.file_bytes and digest(file) == record.get("xxh3_128")
     except (OSError, ValueError):
         return None
-    if not whole or not isinstance(record, dict) or record.get("recipe") != job.recipe:
-        return None
-    return {**record, "kept": True}
+    return {**record, "kept": True} if whole else None
 
 
 def _record_file(out: Path, shard: str) -> Path:

@@ -308,7 +308,7 @@ def stopped(base, adapters, out, shard_size):
     assert len(list(out.glob("*.safetensors"))) == 1
 
 
-@pytest.mark.parametrize("change", ["weight", "damaged", "no record", "shard size"])
+@pytest.mark.parametrize("change", ["weight", "shorter", "one bit", "no record", "shard size"])
 def test_a_shard_of_other_inputs_or_without_a_record_is_written_again(tmp_path, change):
     base, lora, out = write_model(tmp_path / "base"), write_adapter(tmp_path / "lora"), tmp_path / "out"
     stopped(base, [lora], out, 40_000)
@@ -316,8 +316,10 @@ def test_a_shard_of_other_inputs_or_without_a_record_is_written_again(tmp_path, 
     weight, size = 1.0, 40_000
     if change == "weight":
         weight = 0.5
-    elif change == "damaged":
+    elif change == "shorter":
         shard.write_bytes(shard.read_bytes()[:-1])
+    elif change == "one bit":
+        shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
     elif change == "no record":
         shard.with_name(f"{shard.name}.done").unlink()
     else:
