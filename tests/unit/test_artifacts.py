@@ -359,14 +359,19 @@ def test_a_disk_that_really_fills_up_leaves_no_artifact(small_disk: Path) -> Non
 
 @pytest.fixture
 def three(store: Store) -> dict[str, Artifact]:
-    """Artifacts that were last used now, 10 and 100 days ago, and an unfinished one."""
+    """Artifacts that were last used now, 10 and 100 days ago, and an unfinished one of 50 days ago."""
     found = {}
     for i, days in enumerate((0, 10, 100)):
         artifact, _ = build(store, replace(RECIPE, version=i))
         used = time.time() - days * 86400
         os.utime(artifact.path / MANIFEST, (used, used))
         found[str(days)] = artifact
-    (store.root / "merge-0123.partial").mkdir()
+    partial = store.root / "merge-0123.partial"
+    partial.mkdir()
+    (partial / "first").write_text("1")
+    used = time.time() - 50 * 86400
+    os.utime(partial / "first", (used, used))
+    os.utime(partial, (used - 1, used - 1))
     return found
 
 
@@ -386,14 +391,25 @@ def test_list_has_the_last_used_first(store: Store, three: dict[str, Artifact], 
     assert result["partials"] == ["merge-0123.partial"]
 
 
-@pytest.mark.parametrize(("unused_days", "left"), [(30, ["0", "10"]), (5, ["0"]), (200, ["0", "10", "100"]), (0, [])])
-def test_prune_removes_what_is_old_and_what_is_unfinished(
-    store: Store, three: dict[str, Artifact], tmp_path: Path, unused_days: float, left: list[str]
+@pytest.mark.parametrize(
+    ("unused_days", "left", "unfinished"),
+    [(30, ["0", "10"], 0), (5, ["0"], 0), (70, ["0", "10"], 1), (200, ["0", "10", "100"], 1), (0, [], 0)],
+)
+def test_prune_removes_what_is_old_finished_or_not(
+    store: Store, three: dict[str, Artifact], tmp_path: Path, unused_days: float, left: list[str], unfinished: int
 ) -> None:
     result = run_task(store, tmp_path, action="prune", unused_days=unused_days)
     assert {artifact.name for artifact in store.finished()} == {three[days].name for days in left}
-    assert store.partials() == []
-    assert len(result["removed"]) == 4 - len(left)
+    assert len(store.partials()) == unfinished
+    assert len(result["removed"]) == 4 - len(left) - unfinished
+
+
+def test_an_unfinished_build_is_as_young_as_what_it_last_wrote(
+    store: Store, three: dict[str, Artifact], tmp_path: Path
+) -> None:
+    (store.root / "merge-0123.partial" / "second").write_text("2")
+    assert run_task(store, tmp_path, action="prune", unused_days=30)["removed"] == [three["100"].name]
+    assert len(store.partials()) == 1
 
 
 def test_prune_by_name_removes_that_one_whatever_its_age(
@@ -431,9 +447,10 @@ def test_an_unknown_name_is_answered_with_a_near_one(store: Store, three: dict[s
         run_task(store, tmp_path, action="prune", name=f"{name[:-1]}_")
 
 
-def test_an_empty_store_is_no_error(store: Store, tmp_path: Path) -> None:
+def test_an_empty_store_is_no_error(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_task(store, tmp_path)["artifacts"] == []
     assert run_task(store, tmp_path, action="verify")["verified"] == {}
+    assert f"nothing to verify in {store.root}" in capsys.readouterr().out
     assert run_task(store, tmp_path, action="prune")["removed"] == []
 
 
@@ -466,9 +483,9 @@ def test_a_damaged_artifact_is_listed_and_told(
 @pytest.mark.parametrize("by_name", [True, False])
 def test_a_damaged_artifact_is_pruned(store: Store, damaged: str, tmp_path: Path, by_name: bool) -> None:
     settings = {"name": damaged} if by_name else {"unused_days": 200}
-    assert run_task(store, tmp_path, action="prune", dry_run=True, **settings)["removed"][0] == damaged
+    assert run_task(store, tmp_path, action="prune", dry_run=True, **settings)["removed"][-1] == damaged
     assert (store.root / damaged).is_dir()
-    assert run_task(store, tmp_path, action="prune", **settings)["removed"][0] == damaged
+    assert run_task(store, tmp_path, action="prune", **settings)["removed"][-1] == damaged
     assert not (store.root / damaged).exists()
     assert len(store.finished()) == 2
 
