@@ -167,6 +167,8 @@ class Store:
                 return self._finish(partial, recipe, built, started), True
             except OSError as error:
                 raise _stage_error(error, partial) from error
+            finally:
+                _remove_unused(partial)
 
     def finished(self) -> list[Artifact]:
         """The finished artifacts, the last used first."""
@@ -367,6 +369,13 @@ def _stage_error(error: OSError, partial: Path) -> StageError | RequestError:
             "Free some space and run it again: it continues where it stopped.",
         )
     return RequestError(f"{error.filename or partial}: {error.strerror or error}", "Check paths.artifacts.")
+
+
+def _remove_unused(partial: Path) -> None:
+    """Removes the folder of a build that failed before it wrote anything: there is nothing to go on with."""
+    with contextlib.suppress(OSError):
+        if {path.name for path in partial.iterdir()} <= {RECIPE_NAME}:
+            shutil.rmtree(partial)
 
 
 def _sync(folder: Path) -> None:

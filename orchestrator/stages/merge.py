@@ -107,8 +107,10 @@ def merge(
         _prepare(job, shards)
         records = _write_all(job, shards, progress)
         modules = [module for record in records for module in record["modules"]]
-        _check_changed(adapters, modules)
         written = dtype or DTYPES[main_dtype(base.tensors.values()) or "F32"].torch
+        if adapters and not any(module["changed"] for module in modules):
+            _discard(job, shards)
+            raise _no_change(adapters, written)
         report = {
             "version": VERSION,
             "base": str(base.path),
@@ -318,13 +320,19 @@ def _record_file(out: Path, shard: str) -> Path:
     return out / f"{shard}.done"
 
 
-def _check_changed(adapters: list[tuple[Adapter, float]], modules: list[dict[str, Any]]) -> None:
-    if adapters and not any(module["changed"] for module in modules):
-        names = ", ".join(shown(adapter.path) for adapter, _ in adapters)
-        raise CheckpointError(
-            f"the merge changes nothing: {names} leaves every written weight as it was",
-            "Give a larger weight, or convert.dtype=float32.",
-        )
+def _discard(job: _Job, shards: list[Shard]) -> None:
+    """Removes finished shards that nobody will ever use."""
+    for shard in shards:
+        _record_file(job.out, shard.name).unlink(missing_ok=True)
+        (job.out / shard.name).unlink(missing_ok=True)
+
+
+def _no_change(adapters: list[tuple[Adapter, float]], written: str) -> CheckpointError:
+    names = ", ".join(shown(adapter.path) for adapter, _ in adapters)
+    finer = "" if written == "float32" else ", or convert.dtype=float32"
+    return CheckpointError(
+        f"the merge changes nothing: {names} leaves every written weight as it was", f"Give a larger weight{finer}."
+    )
 
 
 def _disk_error(error: OSError, out: Path, shards: list[Shard]) -> StageError:

@@ -135,6 +135,15 @@ def test_a_build_that_fails_is_no_artifact_and_is_continued(store: Store) -> Non
     assert build(store, make=goes_on)[1]
 
 
+def test_a_build_that_fails_before_it_wrote_anything_leaves_nothing(store: Store) -> None:
+    def refuses(folder: Path) -> Built:
+        raise StageError("no")
+
+    with pytest.raises(StageError):
+        build(store, make=refuses)
+    assert store.partials() == []
+
+
 def test_inputs_that_change_during_the_build_are_noticed(store: Store) -> None:
     with pytest.raises(StageError, match=r"changed while they were read: base/config\.json"):
         build(store, changed=lambda: ["base/config.json"])
