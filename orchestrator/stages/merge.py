@@ -115,7 +115,7 @@ def merge(
             "version": VERSION,
             "base": str(base.path),
             "adapters": [_described(adapter, weight) for adapter, weight in adapters],
-            "onto": "original" if nf4 is None else f"nf4{', double' * nf4.double}",
+            "onto": {"base": "original"} if nf4 is None else {"base": "nf4", "double": nf4.double},
             "dtype": written,
             "tensors": sum(len(shard.tensors) for shard in shards),
             "bytes": sum(shard.file_bytes for shard in shards),
