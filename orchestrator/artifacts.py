@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from orchestrator import __version__
+from orchestrator.checkpoint.digest import digest
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.errors import DoesNotFitError, RequestError, StageError
 from orchestrator.runfolder import write_json
@@ -37,7 +37,6 @@ from orchestrator.runfolder import write_json
 MANIFEST = "manifest.json"
 RECIPE_NAME = "recipe.json"  # of what is being built, in its partial folder
 GIB = 2**30
-CHUNK = 8 * 2**20
 _NAME = re.compile(r"[a-z][a-z0-9_]*-[0-9a-f]{20}")
 log = logging.getLogger(__name__)
 _keeping: list[contextlib.ExitStack] = []
@@ -61,12 +60,21 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A file as it was built. Somebody's output.path may be the same file (a hard link), and be edited there."""
+
+    size: int
+    xxh3_128: str
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
 class Artifact:
     """A finished artifact."""
 
     path: Path
     manifest: dict[str, Any]
-    files: dict[str, tuple[int, str]]  # name -> bytes, digest
+    files: dict[str, Entry]
 
     @property
     def name(self) -> str:
@@ -75,7 +83,7 @@ class Artifact:
     @property
     def size(self) -> int:
         """Bytes of its files."""
-        return sum(size for size, _ in self.files.values())
+        return sum(entry.size for entry in self.files.values())
 
 
 @dataclass(frozen=True)
@@ -104,12 +112,18 @@ class Store:
         self.root = root
 
     def find(self, recipe: Recipe) -> Artifact | None:
-        """The finished artifact of a recipe with all its files, or None. Sizes are looked at, digests by `verify`."""
+        """The finished artifact of a recipe with all its files as they were built, or None.
+
+        Sizes and times are looked at; the digest only of a file whose time is another one.
+        """
         found = self._read(self.root / recipe.name)
-        if found is None or all(_size(found.path / name) == size for name, (size, _) in found.files.items()):
-            return found
-        log.warning("%s has lost a file, or a part of one: it is built again", found.path)
-        return None
+        if found is None:
+            return None
+        for name, entry in found.files.items():
+            if what := _harm(found.path / name, entry):
+                log.warning("%s: it is built again", what)
+                return None
+        return found
 
     def build(
         self,
@@ -153,6 +167,8 @@ class Store:
                 return self._finish(partial, recipe, built, started), True
             except OSError as error:
                 raise _stage_error(error, partial) from error
+            finally:
+                _remove_unused(partial)
 
     def finished(self) -> list[Artifact]:
         """The finished artifacts, the last used first."""
@@ -171,13 +187,13 @@ class Store:
     def verify(self, artifact: Artifact) -> list[str]:
         """What is wrong with an artifact's files: missing, of another size, of another digest. Reads all of them."""
         problems = []
-        for name, (size, built) in artifact.files.items():
+        for name, entry in artifact.files.items():
             path = artifact.path / name
             if not path.is_file():
                 problems.append(f"{name} is missing")
-            elif path.stat().st_size != size:
-                problems.append(f"{name} has {path.stat().st_size} bytes, not {size}")
-            elif digest(path, from_disk=True) != built:
+            elif path.stat().st_size != entry.size:
+                problems.append(f"{name} has {path.stat().st_size} bytes, not {entry.size}")
+            elif digest(path, from_disk=True) != entry.xxh3_128:
                 problems.append(f"{name} has another digest than when it was built")
         return problems
 
@@ -221,7 +237,7 @@ class Store:
     def _read(self, path: Path) -> Artifact | None:
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            files = {name: (int(entry["size"]), str(entry["xxh3_128"])) for name, entry in manifest["files"].items()}
+            files = {name: _entry(entry) for name, entry in manifest["files"].items()}
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -293,7 +309,7 @@ class Store:
 
     def _finish(self, partial: Path, recipe: Recipe, built: Built, started: float) -> Artifact:
         files = {
-            path.name: (path.stat().st_size, built.digests.get(path.name) or digest(path))
+            path.name: Entry(path.stat().st_size, built.digests.get(path.name) or digest(path), path.stat().st_mtime_ns)
             for path in sorted(partial.iterdir())
             if path.name not in (MANIFEST, RECIPE_NAME)
         }
@@ -305,7 +321,7 @@ class Store:
             "orchestrator": __version__,
             "created": started,
             "seconds": round(time.time() - started, 3),
-            "files": {name: {"size": size, "xxh3_128": built} for name, (size, built) in files.items()},
+            "files": {name: vars(entry) for name, entry in files.items()},
             "report": built.report,
         }
         (partial / RECIPE_NAME).unlink(missing_ok=True)
@@ -318,31 +334,32 @@ class Store:
         return Artifact(final, manifest, files)
 
 
-def _size(path: Path) -> int | None:
+def _entry(said: dict[str, Any]) -> Entry:
+    return Entry(int(said["size"]), str(said["xxh3_128"]), int(said["mtime_ns"]))
+
+
+def _harm(path: Path, entry: Entry) -> str:
+    """What has become of an artifact's file since it was built, or ""."""
     try:
-        return path.stat().st_size
-    except OSError:
-        return None
+        there = path.stat()
+        if there.st_size != entry.size:
+            return f"{path} is not as long as when it was built"
+        if there.st_mtime_ns == entry.mtime_ns:
+            return ""
+        if digest(path) != entry.xxh3_128:
+            return f"{path} has changed since it was built"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    # A store that was copied: with its time back, the file is not read again by every run.
+    with contextlib.suppress(OSError):
+        if path.stat().st_mtime_ns == there.st_mtime_ns:
+            os.utime(path, ns=(there.st_atime_ns, entry.mtime_ns))
+    return ""
 
 
 def last_used(artifact: Artifact) -> float:
     """When a run last used it: seconds since the epoch."""
     return (artifact.path / MANIFEST).stat().st_mtime
-
-
-def digest(path: Path, *, from_disk: bool = False) -> str:
-    """XXH3-128 of a file's bytes, in hex: it finds damage as fast as a disk reads. Against forgery it is no help.
-
-    Args:
-        from_disk: what the operating system has of it in memory is dropped first, so that the disk is read.
-    """
-    hasher = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        if from_disk:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while chunk := file.read(CHUNK):
-            hasher.update(chunk)
-    return hasher.hexdigest()
 
 
 def _stage_error(error: OSError, partial: Path) -> StageError | RequestError:
@@ -352,6 +369,13 @@ def _stage_error(error: OSError, partial: Path) -> StageError | RequestError:
             "Free some space and run it again: it continues where it stopped.",
         )
     return RequestError(f"{error.filename or partial}: {error.strerror or error}", "Check paths.artifacts.")
+
+
+def _remove_unused(partial: Path) -> None:
+    """Removes the folder of a build that failed before it wrote anything: there is nothing to go on with."""
+    with contextlib.suppress(OSError):
+        if {path.name for path in partial.iterdir()} <= {RECIPE_NAME}:
+            shutil.rmtree(partial)
 
 
 def _sync(folder: Path) -> None:

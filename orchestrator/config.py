@@ -151,7 +151,7 @@ class RunConfig:
 class ArtifactsConfig:
     action: str = "list"
     name: str | None = None  # one artifact; unset: all
-    unused_days: float = 30.0  # prune removes what no run has used for so long
+    unused_days: float = 30.0  # prune removes what no run has used, or built on, for so long
     dry_run: bool = False
 
 

@@ -197,7 +197,7 @@ def _merge(config: Config, source: Source, recipe: Recipe, out: Path) -> Built:
             nf4=_nf4(config),
         )
     show_merge(report)
-    digests = {shard["name"]: shard["digest"] for shard in report["shards"]}
+    digests = {shard["name"]: shard["xxh3_128"] for shard in report["shards"]}
     summary = {key: value for key, value in report.items() if key not in ("modules", "shards")}
     return Built(summary | {"source": source.label}, digests)
 

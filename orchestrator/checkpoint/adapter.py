@@ -42,7 +42,7 @@ def open_adapter(path: Path) -> Adapter:
         CheckpointError: no such folder, no adapter in it, damaged or malicious files, or a feature that is
             not merged here (named).
     """
-    check_folder(path)
+    check_folder(path, "an adapter")
     where = shown(path, 400)
     file = path / "adapter_config.json"
     if not file.exists():

@@ -70,8 +70,9 @@ class Matching:
 
     def other_model(self, message: str) -> CheckpointError:
         """The error for an adapter that does not fit the base."""
-        trained = f"It was trained on {self.lora.base}. " if self.lora.base else ""
-        return CheckpointError(message, f"{trained}Give that model as model.path=...")
+        if self.lora.base:
+            return CheckpointError(message, f"It was trained on {self.lora.base}. Give that model as model.path=...")
+        return CheckpointError(message, "Give the model that it was trained on as model.path=...")
 
 
 def stored(base: Checkpoint, names: BaseNames, name: str) -> TensorInfo:

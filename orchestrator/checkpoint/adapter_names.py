@@ -1,6 +1,7 @@
 """What PEFT's names of an adapter's tensors say: which module each belongs to, and as which part."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from orchestrator.checkpoint.tensors import PLAIN_FLOATS, TensorInfo
@@ -24,6 +25,11 @@ _SUFFIXES = {
     ".base_layer.bias": "base_layer.bias",
 }
 """End of a name -> part of the module before it. What none of these ends is a module's own tensor, saved whole."""
+
+_IN_MEMORY = re.compile(
+    r"\.(lora_[AB]\.[^.]+\.(weight|bias)|lora_(embedding_[AB]|magnitude_vector)\.(?!weight$)[^.]+(\.weight)?)$"
+)
+"""A name as a PEFT model has it in memory, with the adapter's own name in it: `lora_A.default.weight`."""
 
 _MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
@@ -57,6 +63,7 @@ def sort_tensors(tensors: Mapping[str, TensorInfo], where: str) -> Modules:
         CheckpointError: a name that is not PEFT's, a part that is there twice, a tensor that is not of a floating
             type, or one whose shape says that it was saved in pieces.
     """
+    _refuse_state_dict(tensors, where)
     lora: dict[str, Parts] = {}
     saved: dict[str, TensorInfo] = {}
     copies: dict[str, TensorInfo] = {}
@@ -86,6 +93,14 @@ def sort_tensors(tensors: Mapping[str, TensorInfo], where: str) -> Modules:
         else:
             saved[path] = info
     return Modules(lora, saved, frozenset(spare), twins)
+
+
+def _refuse_state_dict(names: Iterable[str], where: str) -> None:
+    if raw := next(filter(_IN_MEMORY.search, names), None):
+        raise CheckpointError(
+            f"{where}: {shown(raw)} is a name out of a model's state_dict, not one that PEFT saves",
+            "Save it with PEFT: model.save_pretrained(FOLDER).",
+        )
 
 
 def _split(path: str) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.checkpoint.trust import shown
+from orchestrator.checkpoint.trust import as_json, shown
 from orchestrator.errors import CheckpointError
 
 _MAX = 2**40
@@ -35,7 +35,7 @@ class ConfigValues:
             return None
         if type(value) is not int or not least <= value < _MAX:
             kind = "a positive whole number" if least else "a whole number"
-            raise CheckpointError(f"{self.where}: {key} is {shown(value, 40)}, not {kind}")
+            raise CheckpointError(f"{self.where}: {key} is {as_json(value)}, not {kind}")
         return value
 
     def need(self, key: str) -> int:
@@ -57,5 +57,5 @@ class ConfigValues:
         if value is None:
             return []
         if not isinstance(value, list) or not all(type(item) is int for item in value):
-            raise CheckpointError(f"{self.where}: {key} is {shown(value, 40)}, not a list of whole numbers")
+            raise CheckpointError(f"{self.where}: {key} is {as_json(value)}, not a list of whole numbers")
         return value

@@ -92,8 +92,8 @@ def checkpoint_of(files: Files) -> Checkpoint:
     )
 
 
-def check_folder(path: Path) -> None:
-    """Raises CheckpointError unless `path` is a folder that may be listed."""
+def check_folder(path: Path, what: str = "a model") -> None:
+    """Raises CheckpointError unless `path`, which is to be `what`, is a folder that may be listed."""
     where = shown(path, 400)
     try:
         if path.is_dir():
@@ -103,8 +103,8 @@ def check_folder(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{where} cannot be read: {shown(error)}") from error
     if exists:
-        raise CheckpointError(f"{where} is a file; a model is a folder", f"Give the folder: {shown(path.parent, 400)}")
-    raise CheckpointError(f"there is no folder {where}", "Give the path of a model's folder.")
+        raise CheckpointError(f"{where} is a file; {what} is a folder", f"Give the folder: {shown(path.parent, 400)}")
+    raise CheckpointError(f"there is no folder {where}", f"Give the path of {what}'s folder.")
 
 
 def carried_files(path: Path) -> tuple[Path, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from orchestrator.checkpoint.trust import shown
+from orchestrator.checkpoint.trust import as_json, shown
 from orchestrator.errors import CheckpointError
 
 _Value = TypeVar("_Value", int, float)
@@ -150,7 +150,7 @@ def parse_lora_config(config: Mapping[str, Any], where: str) -> LoraConfig:
         CheckpointError: not LoRA, a feature that is not merged here (named), or a value that makes no sense.
     """
     _refuse_features(config, where)
-    return LoraConfig(
+    lora = LoraConfig(
         rank=_rank(config.get("r", 8), "r", where),
         alpha=_number(config.get("lora_alpha", 8), "lora_alpha", where),
         rank_pattern=_patterns(config, "rank_pattern", _rank, where),
@@ -167,6 +167,8 @@ def parse_lora_config(config: Mapping[str, Any], where: str) -> LoraConfig:
         modules=_target_modules(config, where),
         weight_tying=_flag(config, "ensure_weight_tying", where),
     )
+    _check_alpha(lora, where)
+    return lora
 
 
 _ALL_LINEAR = "all-linear"
@@ -225,22 +227,31 @@ def _refuse_features(config: Mapping[str, Any], where: str) -> None:
             raise CheckpointError(f"{where}: the option {shown(key)} is not known here", _PEFT)
 
 
+def _check_alpha(lora: LoraConfig, where: str) -> None:
+    """Refuses a scale of zero, unless something is trained that it does not scale."""
+    unscaled = lora.dora or lora.modules_to_save or lora.token_indices or lora.bias != "none"
+    if lora.alpha == 0 and not lora.alpha_pattern and not unscaled:
+        raise CheckpointError(
+            f"{where}: lora_alpha is 0: the adapter would change nothing", "Set it to what the training had."
+        )
+
+
 def _rank(value: object, key: str, where: str) -> int:
     if type(value) is not int or not 0 < value < 2**31:
-        raise CheckpointError(f"{where}: {key} is {shown(value, 40)}, not a positive whole number")
+        raise CheckpointError(f"{where}: {key} is {as_json(value)}, not a positive whole number")
     return value
 
 
 def _number(value: object, key: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
-        raise CheckpointError(f"{where}: {key} is {shown(value, 40)}, not a number")
+        raise CheckpointError(f"{where}: {key} is {as_json(value)}, not a number")
     return value
 
 
 def _flag(config: Mapping[str, Any], key: str, where: str) -> bool:
     value = config.get(key) or False
     if not isinstance(value, bool):
-        raise CheckpointError(f"{where}: {key} is {shown(value, 40)}, not true or false")
+        raise CheckpointError(f"{where}: {key} is {as_json(value)}, not true or false")
     return value
 
 
@@ -269,7 +280,7 @@ def _names(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
 
 def _bias(value: object, where: str) -> str:
     if value not in _BIASES:
-        raise CheckpointError(f"{where}: bias is {shown(value, 40)}, not one of {', '.join(_BIASES)}")
+        raise CheckpointError(f"{where}: bias is {as_json(value)}, not one of {', '.join(_BIASES)}")
     return str(value)
 
 

@@ -19,6 +19,7 @@ from orchestrator.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+_AGAIN = "Was it changed while it was read? Run it again."
 _BITS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -76,7 +77,8 @@ def _fill(info: TensorInfo, start: int, words: "np.ndarray[Any, Any]") -> None:
             else:
                 _gather(info, stream.fileno(), start, words)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{shown(info.file, 400)} cannot be read: {error}") from error
+        why = (error.strerror if isinstance(error, OSError) else None) or shown(error)
+        raise CheckpointError(f"{shown(info.file, 400)} cannot be read: {why}", _AGAIN) from error
 
 
 def _read_into(info: TensorInfo, descriptor: int, start: int, words: "np.ndarray[Any, Any]") -> None:
@@ -101,4 +103,4 @@ def _gather(info: TensorInfo, descriptor: int, start: int, words: "np.ndarray[An
 
 
 def _shorter(info: TensorInfo) -> CheckpointError:
-    return CheckpointError(f"{shown(info.file, 400)} has become shorter since its header was read")
+    return CheckpointError(f"{shown(info.file, 400)} has become shorter since its header was read", _AGAIN)

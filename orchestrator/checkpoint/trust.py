@@ -27,6 +27,11 @@ def shown(value: object, limit: int = 120) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in cut)
 
 
+def as_json(value: object, limit: int = 40) -> str:
+    """A value out of a JSON file, for a message: a text in its quotes, so that "8" is not taken for 8."""
+    return shown(f'"{value}"' if isinstance(value, str) else value, limit)
+
+
 def file_size(file: Path) -> int:
     """Size in bytes of a regular file (links are followed).
 

@@ -120,7 +120,7 @@ def locate(text: str, revision: str | None, kind: Kind, *, latest: bool) -> Loca
     """
     hub = hub_id(text)
     if hub is None:
-        return Located(_local(text, revision))
+        return Located(_local(text, revision, kind))
     revision = revision or DEFAULT_REVISION
     found = None if latest else cached(hub, revision, kind)
     if found is not None:
@@ -130,12 +130,12 @@ def locate(text: str, revision: str | None, kind: Kind, *, latest: bool) -> Loca
     return look_up(hub, revision, kind)
 
 
-def _local(text: str, revision: str | None) -> Path:
+def _local(text: str, revision: str | None, kind: Kind) -> Path:
     path = folder(text)
     if not os.path.exists(path) and _is_relative(text):
         raise CheckpointError(
             f"there is no folder {shown(path, 400)}",
-            "Give the path of a model's folder, or a hub id as org/name.",
+            f"Give the path of {'an' if kind is ADAPTER else 'a'} {kind.what}'s folder, or a hub id as org/name.",
         )
     if revision is not None and os.path.exists(path):
         raise RequestError(

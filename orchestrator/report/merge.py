@@ -19,22 +19,35 @@ def show_merge(report: dict[str, Any]) -> None:
     kinds: dict[str, list[dict[str, Any]]] = {}
     for module in report["modules"]:
         kinds.setdefault(_kind(module["tensor"]), []).append(module)
-    rounded = report["onto"] != "original"
-    more = ("NF4 rounding",) if rounded else ()
-    title = f"Merged onto {report['onto']}: |change| / |weights|"
-    made = table(title, "module", "tensors", "least", "median", "most", "elements changed", *more)
+    rounded = report["onto"]["base"] == "nf4"
+    onto = f"NF4{' (double)' * report['onto']['double']}" if rounded else "the original"
+    columns = ("module", "tensors", "median", "most", "changed", *(("NF4",) if rounded else ()))
+    made = table(f"Merged onto {onto}: |change| / |weights|", *columns, folded=("module",))
     for kind, modules in kinds.items():
         changes = [m["relative_change"] for m in modules if m["relative_change"] is not None]
-        spread = (min(changes), statistics.median(changes), max(changes)) if changes else ()
+        spread = (statistics.median(changes), max(changes)) if changes else ()
         shares = statistics.fmean(m["changed"] for m in modules)
-        cells = [f"{change:.2%}" for change in spread] or ["new"] * 3
+        cells = [_ratio(change) for change in spread] or ["new"] * 2
         lost = [m["nf4_rounding"] for m in modules if "nf4_rounding" in m]
-        last = [f"{statistics.median(lost):.2%}" if lost else "-"] if rounded else []
+        last = [_ratio(statistics.median(lost)) if lost else "-"] if rounded else []
         made.add_row(kind, str(len(modules)), *cells, f"{shares:.1%}", *last)
     out.print(made)
+    if rounded:
+        text = (
+            "NF4: how far its rounding takes the weights from those that merge.base=original would give; "
+            "take that if the adapter was not trained on 4 bit"
+        )
+        out.print(text, markup=False, soft_wrap=True)
     count = sum(adapter["tensors"] for adapter in report["adapters"])
     text = f"{count} adapter tensors, each used once; {report['tensors']} tensors written, all finite"
     out.print(text, markup=False, soft_wrap=True)
+
+
+def _ratio(value: float) -> str:
+    """In at most seven characters: 9.77%, x281.8, x1e+06."""
+    if value < 9.995:
+        return f"{value:.2%}"
+    return f"x{value:.1f}" if value < 99999.5 else f"x{value:.0e}"
 
 
 def _kind(tensor: str) -> str:

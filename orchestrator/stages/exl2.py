@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.artifacts import MANIFEST, RECIPE_NAME, Artifact, Built, Recipe, Store, digest
+from orchestrator.artifacts import MANIFEST, RECIPE_NAME, Artifact, Built, Recipe, Store
 from orchestrator.backends.exl2_setup import visible_devices
 from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.carry import written_config
+from orchestrator.checkpoint.digest import digest
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.checkpoint.folder import Checkpoint, carried_files, fingerprint, open_checkpoint
 from orchestrator.checkpoint.trust import shown

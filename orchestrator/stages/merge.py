@@ -23,6 +23,7 @@ import psutil
 from orchestrator.checkpoint.adapter import Adapter
 from orchestrator.checkpoint.adapter import fingerprint as adapter_fingerprint
 from orchestrator.checkpoint.carry import carry_over
+from orchestrator.checkpoint.digest import digest
 from orchestrator.checkpoint.folder import Checkpoint, fingerprint
 from orchestrator.checkpoint.spec import main_dtype
 from orchestrator.checkpoint.tensors import DTYPES, PLAIN_FLOATS
@@ -106,17 +107,19 @@ def merge(
         _prepare(job, shards)
         records = _write_all(job, shards, progress)
         modules = [module for record in records for module in record["modules"]]
-        _check_changed(adapters, modules)
         written = dtype or DTYPES[main_dtype(base.tensors.values()) or "F32"].torch
+        if adapters and not any(module["changed"] for module in modules):
+            _discard(job, shards)
+            raise _no_change(adapters, written)
         report = {
             "version": VERSION,
             "base": str(base.path),
             "adapters": [_described(adapter, weight) for adapter, weight in adapters],
-            "onto": "original" if nf4 is None else f"nf4{', double' * nf4.double}",
+            "onto": {"base": "original"} if nf4 is None else {"base": "nf4", "double": nf4.double},
             "dtype": written,
             "tensors": sum(len(shard.tensors) for shard in shards),
             "bytes": sum(shard.file_bytes for shard in shards),
-            "shards": [{key: record[key] for key in ("name", "bytes", "digest")} for record in records],
+            "shards": [{key: record[key] for key in ("name", "bytes", "xxh3_128")} for record in records],
             "dropped": list(plan.dropped),
             "notes": list(plan.notes),
             "carried": _carry(job, shards, written),
@@ -266,7 +269,7 @@ def _write_shard(
         record = {
             "name": shard.name,
             "bytes": shard.file_bytes,
-            "digest": writer.finish(),
+            "xxh3_128": writer.finish(),
             "recipe": job.recipe,
             "modules": [
                 _module(job.outputs[name], tally) for name, tally in tallies.items() if _told(job.outputs[name])
@@ -305,27 +308,31 @@ def _kept(job: _Job, shard: Shard) -> dict[str, Any] | None:
     file = job.out / shard.name
     try:
         record = json.loads(_record_file(job.out, shard.name).read_text(encoding="utf-8"))
-        header = shard.header
-        with file.open("rb") as stream:
-            whole = file.stat().st_size == shard.file_bytes and stream.read(len(header)) == header
+        if not isinstance(record, dict) or record.get("recipe") != job.recipe:
+            return None
+        whole = file.stat().st_size == shard.file_bytes and digest(file) == record.get("xxh3_128")
     except (OSError, ValueError):
         return None
-    if not whole or not isinstance(record, dict) or record.get("recipe") != job.recipe:
-        return None
-    return {**record, "kept": True}
+    return {**record, "kept": True} if whole else None
 
 
 def _record_file(out: Path, shard: str) -> Path:
     return out / f"{shard}.done"
 
 
-def _check_changed(adapters: list[tuple[Adapter, float]], modules: list[dict[str, Any]]) -> None:
-    if adapters and not any(module["changed"] for module in modules):
-        names = ", ".join(shown(adapter.path) for adapter, _ in adapters)
-        raise CheckpointError(
-            f"the merge changes nothing: {names} leaves every written weight as it was",
-            "Give a larger weight, or convert.dtype=float32.",
-        )
+def _discard(job: _Job, shards: list[Shard]) -> None:
+    """Removes finished shards that nobody will ever use."""
+    for shard in shards:
+        _record_file(job.out, shard.name).unlink(missing_ok=True)
+        (job.out / shard.name).unlink(missing_ok=True)
+
+
+def _no_change(adapters: list[tuple[Adapter, float]], written: str) -> CheckpointError:
+    names = ", ".join(shown(adapter.path) for adapter, _ in adapters)
+    finer = "" if written == "float32" else ", or convert.dtype=float32"
+    return CheckpointError(
+        f"the merge changes nothing: {names} leaves every written weight as it was", f"Give a larger weight{finer}."
+    )
 
 
 def _disk_error(error: OSError, out: Path, shards: list[Shard]) -> StageError:

@@ -86,6 +86,8 @@ def _verify(config: Config, store: Store, found: _Found, run: RunFolder) -> None
     problems |= {path.name: [f"{MANIFEST} is missing or cannot be read"] for path in found.damaged}
     if config.artifacts.name is not None:
         problems |= {path.name: ["it is unfinished"] for path in found.partials}
+    if not problems:
+        print(f"nothing to verify in {store.root}")
     for name, wrong in problems.items():
         print(f"{name}: {'; '.join(wrong) if wrong else 'ok'}")
     run.write("result.json", {"verified": problems})
@@ -100,9 +102,11 @@ def _verify(config: Config, store: Store, found: _Found, run: RunFolder) -> None
 def _prune(config: Config, store: Store, found: _Found, run: RunFolder) -> None:
     settings = config.artifacts
     oldest = time.time() - settings.unused_days * DAY
-    doomed = [a.path for a in found.finished if settings.name is not None or last_used(a) <= oldest]
+    ages = {artifact.path: last_used(artifact) for artifact in found.finished}
+    ages |= {path: _last_written(path) for path in found.partials}
+    doomed = [path for path, age in ages.items() if settings.name is not None or age <= oldest]
     removed, used, freed = [], [], 0
-    for path in (*doomed, *found.damaged, *found.partials):
+    for path in (*doomed, *found.damaged):
         count = _bytes(path)
         if not store.remove(path, only_ask=settings.dry_run):
             print(f"kept {path.name}: a run is building or loading it")
@@ -113,6 +117,11 @@ def _prune(config: Config, store: Store, found: _Found, run: RunFolder) -> None:
         freed += count
     print(f"{size(freed)} {'would be' if settings.dry_run else ''} freed".replace("  ", " "))
     run.write("result.json", {"removed": removed, "in_use": used, "bytes": freed, "dry_run": settings.dry_run})
+
+
+def _last_written(partial: Path) -> float:
+    """When its build, which the next run may go on with, last wrote anything: seconds since the epoch."""
+    return max(path.stat().st_mtime for path in (partial, *partial.rglob("*")))
 
 
 def _bytes(path: Path) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import glob
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from orchestrator.artifacts import MANIFEST, kept
@@ -18,6 +22,8 @@ from orchestrator.report.console import note, size
 from orchestrator.runfolder import RunFolder
 from orchestrator.tasks.session import bring, look
 
+_SUFFIX = ".unfinished"  # of the hidden folder in which an output is made
+_ANOTHER = "Name a new folder, or remove what is in it."
 log = logging.getLogger(__name__)
 
 
@@ -88,11 +94,14 @@ def _quantized(config: Config, run: RunFolder, check: Callable[[Source], None]) 
 def _check_output(output: Path) -> None:
     """Refuses what cannot be written, before anything long."""
     try:
-        if output.exists() and not output.is_dir():
-            raise ConfigError(f"output.path={output} is a file", "Name a folder.")
+        if not (there := _existing(output)).is_dir():
+            which = "" if there == output else f": {there}"
+            raise ConfigError(f"output.path={output}{which} is a file", "Name a folder.")
         if output.is_dir() and any(output.iterdir()):
-            raise RequestError(f"output.path={output} is not empty", "Name a new folder, or remove what is in it.")
-        shutil.rmtree(_beside(output))
+            raise RequestError(f"output.path={output} is not empty", _ANOTHER)
+        _sweep(output)
+        with _beside(output):
+            pass
     except OSError as error:
         raise RequestError(f"output.path={output}: {error.strerror}") from None
 
@@ -114,10 +123,44 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
-def _beside(output: Path) -> Path:
-    """A new, empty folder on the same disk."""
+@contextlib.contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    """A new, empty folder on the same disk, held while this is open; removed then, unless it was renamed."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    while True:
+        part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=_SUFFIX, dir=output.parent))
+        with _held(part):
+            if not part.exists():  # another run took it for a leftover before it was held
+                continue
+            try:
+                yield part
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+            return
+
+
+def _sweep(output: Path) -> None:
+    """Removes what runs that were killed have left of `_beside(output)`."""
+    for left in output.parent.glob(f".{glob.escape(output.name)}.*{_SUFFIX}"):
+        with _held(left, fcntl.LOCK_NB) as held:
+            if held:
+                log.info("%s is removed: its run was killed", left)
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: Path, how: int = 0) -> Iterator[bool]:
+    """Whether a folder could be locked, which it is while this is open; the system releases it if we die."""
+    with contextlib.ExitStack() as stack:
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | how)
+            held = True
+        except OSError as error:  # somebody else has it, it is gone, or a file system without such locks
+            log.info("%s is not locked: %s", folder, error)
+            held = False
+        yield held
 
 
 def export(model: Model, output: Path) -> None:
@@ -126,19 +169,17 @@ def export(model: Model, output: Path) -> None:
     Raises:
         RequestError: it cannot be written there.
     """
-    part = None
     try:
-        part = _beside(output)
-        for source in sorted(p for p in model.path.iterdir() if p.is_file() and p.name != MANIFEST):
-            linked = bool(model.artifacts) and source.suffix == ".safetensors"
-            _put(source.resolve(), part / source.name, linked)
-        part.chmod(0o777 & ~_umask())  # mkdtemp's are private
-        part.rename(output)
+        with _beside(output) as part:
+            for source in sorted(p for p in model.path.iterdir() if p.is_file() and p.name != MANIFEST):
+                linked = bool(model.artifacts) and source.suffix == ".safetensors"
+                _put(source.resolve(), part / source.name, linked)
+            part.chmod(0o777 & ~_umask())  # mkdtemp's are private
+            part.rename(output)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):  # what was free when this run began
+            raise RequestError(f"output.path={output} has appeared meanwhile", _ANOTHER) from None
         raise RequestError(f"output.path={output}: {error.strerror}") from None
-    finally:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
 
 
 def _put(source: Path, target: Path, linked: bool) -> None:

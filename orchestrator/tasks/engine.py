@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from orchestrator.artifacts import digest
+from orchestrator.checkpoint.digest import digest
 from orchestrator.config import Config, did_you_mean, folder
 from orchestrator.engine.interpreters import MANIFEST, Pins, backends_of, interpreter, known
 from orchestrator.errors import ConfigError, EngineUnavailableError, RequestError, StageError

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.artifacts import MANIFEST, RECIPE_NAME, Artifact, Built, Recipe, Store, digest, kept, last_used
+from orchestrator.artifacts import MANIFEST, RECIPE_NAME, Artifact, Built, Recipe, Store, kept, last_used
+from orchestrator.checkpoint.digest import digest
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.config import Config
 from orchestrator.errors import DoesNotFitError, RequestError, StageError
@@ -96,7 +97,9 @@ def test_the_manifest_tells_what_it_was_made_of(store: Store) -> None:
     assert manifest["inputs"] == RECIPE.inputs
     assert manifest["options"] == RECIPE.options
     assert (manifest["stage"], manifest["stage_version"]) == ("merge", 3)
-    assert manifest["files"]["a.safetensors"] == {"size": 700, "xxh3_128": digest(artifact.path / "a.safetensors")}
+    file = artifact.path / "a.safetensors"
+    said = {"size": 700, "xxh3_128": digest(file), "mtime_ns": file.stat().st_mtime_ns}
+    assert manifest["files"]["a.safetensors"] == said
     assert set(manifest["files"]) == {"a.safetensors", "config.json"}
     assert artifact.size == 702
 
@@ -130,6 +133,15 @@ def test_a_build_that_fails_is_no_artifact_and_is_continued(store: Store) -> Non
     assert store.finished() == []
     assert [path.name for path in store.partials()] == [f"{RECIPE.name}.partial"]
     assert build(store, make=goes_on)[1]
+
+
+def test_a_build_that_fails_before_it_wrote_anything_leaves_nothing(store: Store) -> None:
+    def refuses(folder: Path) -> Built:
+        raise StageError("no")
+
+    with pytest.raises(StageError):
+        build(store, make=refuses)
+    assert store.partials() == []
 
 
 def test_inputs_that_change_during_the_build_are_noticed(store: Store) -> None:
@@ -356,14 +368,19 @@ def test_a_disk_that_really_fills_up_leaves_no_artifact(small_disk: Path) -> Non
 
 @pytest.fixture
 def three(store: Store) -> dict[str, Artifact]:
-    """Artifacts that were last used now, 10 and 100 days ago, and an unfinished one."""
+    """Artifacts that were last used now, 10 and 100 days ago, and an unfinished one of 50 days ago."""
     found = {}
     for i, days in enumerate((0, 10, 100)):
         artifact, _ = build(store, replace(RECIPE, version=i))
         used = time.time() - days * 86400
         os.utime(artifact.path / MANIFEST, (used, used))
         found[str(days)] = artifact
-    (store.root / "merge-0123.partial").mkdir()
+    partial = store.root / "merge-0123.partial"
+    partial.mkdir()
+    (partial / "first").write_text("1")
+    used = time.time() - 50 * 86400
+    os.utime(partial / "first", (used, used))
+    os.utime(partial, (used - 1, used - 1))
     return found
 
 
@@ -383,14 +400,25 @@ def test_list_has_the_last_used_first(store: Store, three: dict[str, Artifact], 
     assert result["partials"] == ["merge-0123.partial"]
 
 
-@pytest.mark.parametrize(("unused_days", "left"), [(30, ["0", "10"]), (5, ["0"]), (200, ["0", "10", "100"]), (0, [])])
-def test_prune_removes_what_is_old_and_what_is_unfinished(
-    store: Store, three: dict[str, Artifact], tmp_path: Path, unused_days: float, left: list[str]
+@pytest.mark.parametrize(
+    ("unused_days", "left", "unfinished"),
+    [(30, ["0", "10"], 0), (5, ["0"], 0), (70, ["0", "10"], 1), (200, ["0", "10", "100"], 1), (0, [], 0)],
+)
+def test_prune_removes_what_is_old_finished_or_not(
+    store: Store, three: dict[str, Artifact], tmp_path: Path, unused_days: float, left: list[str], unfinished: int
 ) -> None:
     result = run_task(store, tmp_path, action="prune", unused_days=unused_days)
     assert {artifact.name for artifact in store.finished()} == {three[days].name for days in left}
-    assert store.partials() == []
-    assert len(result["removed"]) == 4 - len(left)
+    assert len(store.partials()) == unfinished
+    assert len(result["removed"]) == 4 - len(left) - unfinished
+
+
+def test_an_unfinished_build_is_as_young_as_what_it_last_wrote(
+    store: Store, three: dict[str, Artifact], tmp_path: Path
+) -> None:
+    (store.root / "merge-0123.partial" / "second").write_text("2")
+    assert run_task(store, tmp_path, action="prune", unused_days=30)["removed"] == [three["100"].name]
+    assert len(store.partials()) == 1
 
 
 def test_prune_by_name_removes_that_one_whatever_its_age(
@@ -428,9 +456,10 @@ def test_an_unknown_name_is_answered_with_a_near_one(store: Store, three: dict[s
         run_task(store, tmp_path, action="prune", name=f"{name[:-1]}_")
 
 
-def test_an_empty_store_is_no_error(store: Store, tmp_path: Path) -> None:
+def test_an_empty_store_is_no_error(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_task(store, tmp_path)["artifacts"] == []
     assert run_task(store, tmp_path, action="verify")["verified"] == {}
+    assert f"nothing to verify in {store.root}" in capsys.readouterr().out
     assert run_task(store, tmp_path, action="prune")["removed"] == []
 
 
@@ -463,9 +492,9 @@ def test_a_damaged_artifact_is_listed_and_told(
 @pytest.mark.parametrize("by_name", [True, False])
 def test_a_damaged_artifact_is_pruned(store: Store, damaged: str, tmp_path: Path, by_name: bool) -> None:
     settings = {"name": damaged} if by_name else {"unused_days": 200}
-    assert run_task(store, tmp_path, action="prune", dry_run=True, **settings)["removed"][0] == damaged
+    assert run_task(store, tmp_path, action="prune", dry_run=True, **settings)["removed"][-1] == damaged
     assert (store.root / damaged).is_dir()
-    assert run_task(store, tmp_path, action="prune", **settings)["removed"][0] == damaged
+    assert run_task(store, tmp_path, action="prune", **settings)["removed"][-1] == damaged
     assert not (store.root / damaged).exists()
     assert len(store.finished()) == 2
 
@@ -598,3 +627,34 @@ def test_an_artifact_that_lost_a_file_is_built_again(tmp_path: Path, harm: str) 
     assert build()
     assert weights.read_bytes() == b"12345678"
     assert not build()
+
+
+def test_a_file_that_was_edited_in_place_is_built_again(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    artifact, _ = build(store)
+    file = artifact.path / "a.safetensors"
+    output = store.root.parent / "output"
+    os.link(file, output)
+    damage_byte(output)
+    os.utime(output, ns=(1, file.stat().st_mtime_ns + 1))
+    assert build(store)[1]
+    assert f"{file} has changed since it was built: it is built again" in caplog.text
+    assert file.read_bytes() == b"weights" * 100
+    assert not build(store)[1]
+
+
+def test_a_copied_store_is_taken_after_one_look_at_its_digests(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact, _ = build(store)
+    file = artifact.path / "a.safetensors"
+    built = file.stat().st_mtime_ns
+    os.utime(file, (1, 1))
+    assert not build(store)[1]
+    assert file.stat().st_mtime_ns == built
+    monkeypatch.setattr("orchestrator.artifacts.digest", lambda path: pytest.fail("read twice"))
+    assert not build(store)[1]
+
+
+def test_a_manifest_without_times_is_no_manifest(store: Store) -> None:
+    artifact, _ = build(store)
+    rest = {name: {"size": e.size, "xxh3_128": e.xxh3_128} for name, e in artifact.files.items()}
+    (artifact.path / MANIFEST).write_text(json.dumps(artifact.manifest | {"files": rest}))
+    assert build(store)[1]

@@ -44,7 +44,7 @@ def test_every_tensor_of_an_adapter_is_used_once(tmp_path, base, kind):
 
 
 def test_what_is_no_adapter(tmp_path):
-    refused(lambda: open_adapter(tmp_path / "none"), "no folder")
+    refused(lambda: open_adapter(tmp_path / "none"), "no folder", "Give the path of an adapter's folder")
     refused(lambda: open_adapter(tmp_path), "no adapter_config.json")
     write_model(tmp_path)
     refused(lambda: open_adapter(tmp_path), "no adapter_config.json", "model.path=")
@@ -66,7 +66,7 @@ def test_a_truncated_adapter(tmp_path):
     [
         ({"peft_type": "IA3"}, "IA3"),
         ({"peft_type": None}, "None"),
-        ({"bias": "some"}, "bias is some"),
+        ({"bias": "some"}, 'bias is "some"'),
         ({"use_dora": "yes"}, "use_dora"),
         ({"lora_bias": 1}, "lora_bias"),
         ({"use_qalora": True}, "QALoRA"),
@@ -87,7 +87,9 @@ def test_a_truncated_adapter(tmp_path):
         ({"init_lora_weights": ["x"]}, "init_lora_weights"),
         ({"a_new_feature": {"on": 1}}, "a_new_feature"),
         ({"r": 0}, "r is 0"),
-        ({"r": "8"}, "r is 8"),
+        ({"r": "8"}, 'r is "8", not a positive whole number'),
+        ({"lora_alpha": "16"}, 'lora_alpha is "16", not a number'),
+        ({"lora_alpha": 0}, "lora_alpha is 0: the adapter would change nothing"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"lora_alpha": True}, "lora_alpha"),
         ({"use_rslora": 1}, "use_rslora"),
@@ -185,6 +187,44 @@ def test_an_adapter_of_another_model_names_the_first_mismatch(tmp_path, base, ch
     config = {"base_model_name_or_path": "org/base"}
     adapter = open_adapter(write_adapter(tmp_path / "lora", tensors, config=config))
     refused(lambda: targets(adapter, base), *faults)
+
+
+@pytest.mark.parametrize("base_name", [None, "", "org/base"])
+def test_the_base_that_it_was_trained_on_is_asked_for(tmp_path, base, base_name):
+    tensors = adapter_tensors([Q_PROJ]) | {A: torch.ones(4, 4096)}
+    adapter = open_adapter(write_adapter(tmp_path, tensors, config={"base_model_name_or_path": base_name}))
+    wanted = (
+        f"It was trained on {base_name}. Give that model as model.path=..."
+        if base_name
+        else "Give the model that it was trained on as model.path=..."
+    )
+    assert refused(lambda: targets(adapter, base)).endswith(f"this model has 32. {wanted}")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"alpha_pattern": {"q_proj": 8}}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}],
+)
+def test_an_alpha_of_zero_is_taken_where_something_else_is_trained(tmp_path, more):
+    open_adapter(write_adapter(tmp_path, config={"lora_alpha": 0, **more}))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "lora_A.default.weight",
+        "lora_B.my_adapter.bias",
+        "lora_embedding_A.default",
+        "lora_magnitude_vector.default",
+        "lora_magnitude_vector.default.weight",
+    ],
+)
+def test_a_raw_state_dict_is_refused_with_what_to_do(tmp_path, base, part):
+    names = ("lm_head.weight", f"{Q_PROJ}.base_layer.weight", f"{Q_PROJ}.{part}")
+    for prefix in ("base_model.model.", ""):
+        tensors = {f"{prefix}{name}": torch.ones(4, 32) for name in names}
+        adapter = open_adapter(write_adapter(tmp_path / (prefix or "bare"), tensors))
+        refused(lambda adapter=adapter: targets(adapter, base), f"{prefix}{names[2]}", "save_pretrained")
 
 
 def test_an_adapter_that_changes_nothing(tmp_path):

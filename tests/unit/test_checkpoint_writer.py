@@ -147,10 +147,10 @@ def test_a_file_that_shrinks_or_goes_is_an_error(tmp_path):
     save(file, {"a": torch.zeros(100)})
     (info,) = read_header(file).tensors
     os.truncate(file, 300)
-    with pytest.raises(CheckpointError, match="shorter"):
+    with pytest.raises(CheckpointError, match=r"shorter.*Was it changed while it was read\? Run it again"):
         read_tensor(info)
     file.unlink()
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot be read: No such file or directory.*Run it again"):
         read_tensor(info)
 
 

@@ -63,6 +63,8 @@ def test_paths_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"there is no folder .*/models. .*org/name"):
         locate("models", None, MODEL, latest=False)
+    with pytest.raises(CheckpointError, match=r"Give the path of an adapter's folder, or a hub id"):
+        locate("adapters", None, ADAPTER, latest=False)
     assert locate("./org/name", None, MODEL, latest=False).path == tmp_path / "org" / "name"  # refused when opened
     with pytest.raises(RequestError, match="has no revisions"):
         locate(str(tmp_path), "main", MODEL, latest=False)

@@ -308,7 +308,7 @@ def stopped(base, adapters, out, shard_size):
     assert len(list(out.glob("*.safetensors"))) == 1
 
 
-@pytest.mark.parametrize("change", ["weight", "damaged", "no record", "shard size"])
+@pytest.mark.parametrize("change", ["weight", "shorter", "one bit", "no record", "shard size"])
 def test_a_shard_of_other_inputs_or_without_a_record_is_written_again(tmp_path, change):
     base, lora, out = write_model(tmp_path / "base"), write_adapter(tmp_path / "lora"), tmp_path / "out"
     stopped(base, [lora], out, 40_000)
@@ -316,8 +316,10 @@ def test_a_shard_of_other_inputs_or_without_a_record_is_written_again(tmp_path, 
     weight, size = 1.0, 40_000
     if change == "weight":
         weight = 0.5
-    elif change == "damaged":
+    elif change == "shorter":
         shard.write_bytes(shard.read_bytes()[:-1])
+    elif change == "one bit":
+        shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
     elif change == "no record":
         shard.with_name(f"{shard.name}.done").unlink()
     else:
@@ -386,11 +388,14 @@ def test_an_overflow_of_float16_is_named_with_the_way_out(tmp_path):
 
 def test_a_merge_that_changes_nothing_is_an_error(tmp_path):
     base, lora = write_model(tmp_path / "base"), write_adapter(tmp_path / "lora")
-    refused(lambda: run(base, [(lora, 0.0)], tmp_path / "a"), "changes nothing", str(lora))
+    with pytest.raises(CheckpointError, match=f"changes nothing.*{lora}") as caught:
+        run(base, [(lora, 0.0)], tmp_path / "a", shard_size=40_000)
+    assert caught.value.hint == "Give a larger weight."  # it is float32 already
+    assert list((tmp_path / "a").iterdir()) == []
     # Not zero, but below what the written dtype can tell apart.
     base = write_model(tmp_path / "brain", {**model_tensors(dtype=torch.bfloat16), Q: torch.ones(32, 32).bfloat16()})
     lora = write_adapter(tmp_path / "faint", adapter_tensors([Q_PROJ], scale=1e-3))
-    refused(lambda: run(base, [lora], tmp_path / "b"), "changes nothing")
+    refused(lambda: run(base, [lora], tmp_path / "b"), "changes nothing", "convert.dtype=float32")
 
 
 def test_weights_and_combinations_without_a_meaning(tmp_path):

@@ -24,6 +24,7 @@ from orchestrator.config import Config
 from orchestrator.hardware import detect
 from orchestrator.plan.planner import make_plan
 from orchestrator.plan.types import Plan
+from orchestrator.report import merge as merge_report
 from orchestrator.report.console import size
 from orchestrator.report.tables import candidates_table, plan_table, short
 
@@ -93,6 +94,50 @@ def test_bytes_in_a_column_are_short(count: float, text: str) -> None:
 def test_bytes_in_a_column_have_eight_characters_at_most(power: int) -> None:
     assert all(len(short(factor * 2**power)) <= 8 for factor in (1, 1.3, 1.999))
     assert short(1.3 * 2**power).split()[1] == size(1.3 * 2**power).split()[1]
+
+
+def module(tensor: str, change: float | None, rounding: float | None) -> dict[str, object]:
+    more = {} if rounding is None else {"nf4_rounding": rounding}
+    return {"tensor": tensor, "relative_change": change, "changed": 0.9996, **more}
+
+
+@pytest.mark.parametrize("width", [80, 60])
+@pytest.mark.parametrize("nf4", [True, False])
+def test_a_merge_is_told_in_whole_numbers_on_any_terminal(
+    width: int, nf4: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = {
+        "notes": [],
+        "adapters": [{"tensors": 6}],
+        "onto": {"base": "nf4", "double": True} if nf4 else {"base": "original"},
+        "tensors": 12,
+        "modules": [
+            module("model.layers.0.self_attn.q_proj.weight", 0.0123, 0.0977 if nf4 else None),
+            module("model.layers.1.self_attn.q_proj.weight", 281.84, 0.0977 if nf4 else None),
+            module("model.layers.0.mlp.a_module.with_a_name_that_is.longer_than_most.weight", 12345678.0, None),
+            module("lm_head.weight", None, None),
+        ],
+    }
+    out = StringIO()
+    monkeypatch.setattr(merge_report, "console", lambda: Console(file=out, width=width))
+    merge_report.show_merge(report)
+    title, head, _, *rows = out.getvalue().splitlines()
+    assert title.strip() == f"Merged onto {'NF4 (double)' if nf4 else 'the original'}: |change| / |weights|"
+    assert head.split() == ["module", "tensors", "median", "most", "changed", *["NF4"] * nf4]
+    cells = [row.split() for row in rows]
+    assert ["self_attn.q_proj", "2", "x140.9", "x281.8", "100.0%", *["9.77%"] * nf4] in cells
+    assert any(row[1:] == ["1", "x1e+07", "x1e+07", "100.0%", *["-"] * nf4] for row in cells)
+    assert ["lm_head", "1", "new", "new", "100.0%", *["-"] * nf4] in cells
+    assert any("take that if the adapter was not trained on 4 bit" in row for row in rows) == nf4
+    assert all(len(row) <= width for row in rows if not row.startswith(("NF4", "6 adapter")))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0977, "9.77%"), (9.99, "999.00%"), (9.9999, "x10.0"), (281.84, "x281.8"), (99999.6, "x1e+05"), (0, "0.00%")],
+)
+def test_a_ratio_is_short(value: float, text: str) -> None:
+    assert merge_report._ratio(value) == text
 
 
 def test_a_bar_stays_on_its_line() -> None:
