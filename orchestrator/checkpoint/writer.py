@@ -22,7 +22,7 @@ from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import StageError
 
 INDEX_NAME = "model.safetensors.index.json"
-FLUSH_BYTES = 256 * 2**20
+FLUSH_BYTES = 64 * 2**20
 """So much is written before the disk is told to take it."""
 
 
