@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import small_models
-from composing import composed, hydra_ready
+from composing import composed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import LLAMA_7B, LLAMA_70B, Llama
@@ -29,15 +28,7 @@ SMALL = Llama()
 TIED = Llama(tied=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _hydra() -> Iterator[None]:
-    with hydra_ready():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _every_engine_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interpreters, "missing_here", lambda backend: [])
+pytestmark = pytest.mark.usefixtures("hydra", "every_engine")
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import write_json
-from composing import composed, hydra_ready
+from composing import composed
 from published_models import PUBLISHED
 
 from orchestrator.backends.known_models import COUNTED, LOADED, TRIED
@@ -18,7 +17,6 @@ from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.architectures import ARCHITECTURES
 from orchestrator.checkpoint.bare import from_config
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
-from orchestrator.engine import interpreters
 from orchestrator.errors import ConfigError
 from orchestrator.hardware import GIB, MIB, Gpu, Hardware
 from orchestrator.plan.planner import make_plan
@@ -27,15 +25,7 @@ from orchestrator.plan.types import Plan
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _hydra() -> Iterator[None]:
-    with hydra_ready():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _every_engine_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interpreters, "missing_here", lambda backend: [])
+pytestmark = pytest.mark.usefixtures("hydra", "every_engine")
 
 
 def spec_of(folder: Path, name: str, **config: Any) -> ModelSpec:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import small_models
-from composing import composed, hydra_ready
+from composing import composed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_models import LLAMA_7B, Llama
 
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
-from orchestrator.engine import interpreters
 from orchestrator.errors import ConfigError, DoesNotFitError
 from orchestrator.hardware import GIB, MIB, Gpu, Hardware
 from orchestrator.plan import offload
@@ -28,15 +26,7 @@ LAYER_16 = 404_766_720  # bytes of one layer of LLAMA_7B in 16 bit
 EMBEDDING_16 = 2 * 32_000 * 4096
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _hydra() -> Iterator[None]:
-    with hydra_ready():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _every_engine_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interpreters, "missing_here", lambda backend: [])
+pytestmark = pytest.mark.usefixtures("hydra", "every_engine")
 
 
 @pytest.fixture(autouse=True)

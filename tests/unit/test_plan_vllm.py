@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import small_models
-from composing import composed, hydra_ready
+from composing import composed
 from hypothesis import given
 from hypothesis import strategies as st
 from small_models import LLAMA_7B, LLAMA_70B, Llama
@@ -36,15 +35,7 @@ GROUPED = Llama(hidden=256, heads=4, kv_heads=2, intermediate=512, tied=True)
 ODD = Llama(hidden=192, heads=3, kv_heads=3, intermediate=510)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _hydra() -> Iterator[None]:
-    with hydra_ready():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _every_engine_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interpreters, "missing_here", lambda backend: [])
+pytestmark = pytest.mark.usefixtures("hydra", "every_engine")
 
 
 @pytest.fixture(scope="module")
