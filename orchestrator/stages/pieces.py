@@ -23,7 +23,7 @@ from orchestrator.stages.merge_plan import Output
 if TYPE_CHECKING:
     from orchestrator.stages.change import Change
 
-PIECE_BYTES = 2**20
+PIECE_BYTES = 2 * 2**20
 """Of the source, worked on at a time: it and its float32 copies fit into a core's caches."""
 
 MAX_THREADS = 8
