@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What the processes of pytest-xdist share out: files, whose fixtures are made once; all of vLLM's together, first.
+    """What processes of pytest-xdist would share out: files, whose fixtures are made once; all of vLLM's together.
 
-    vLLM's tests take longest and need an installation of their own.
+    vLLM's tests take longest and need an installation of their own: they come first.
     """
     for item in items:
         engine = "vllm_engines" in getattr(item, "fixturenames", ())

@@ -14,7 +14,7 @@ from small_models import Llama
 from orchestrator import embedded
 
 LONG_WINDED = Llama(hidden=256, layers=4, heads=4, kv_heads=4, intermediate=512, vocab=4096, context=2048)
-LARGE = Llama(hidden=1024, layers=8, heads=16, kv_heads=8, intermediate=2816, vocab=4096)
+LARGE = Llama(hidden=1024, layers=24, heads=16, kv_heads=8, intermediate=2816, vocab=4096)
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +74,7 @@ def long_winded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base of 200 MB and an adapter for it: seconds of merging."""
+    """A base of 600 MB and an adapter for it: a second of merging or more."""
     folder = tmp_path_factory.mktemp("large")
     model = with_tokenizer(small_models.write_headers(folder / "base", LARGE))
     return model, small_models.write_adapter(folder / "adapter", LARGE)

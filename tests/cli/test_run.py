@@ -71,7 +71,8 @@ def test_the_plan_has_the_documented_fields_and_was_kept(default_run: Done) -> N
     }
     assert documented <= set(plan)
     assert (plan["fits"], plan["bits"]) == (True, 4)
-    assert result["plan"] == plan
+    assert plan | result["plan"] == plan
+    assert {"model", "model_revision", "adapters"} <= set(plan)
     assert result["measured"]["placement"] == {"cpu": plan["host"]["weights"]}
 
 

@@ -59,8 +59,8 @@ def main() -> None:
         out = folder / f"killed{folders}"
         while True:
             pid = start(base, adapter, out)
-            # Some time after so many shards: moments alone would all be early, or late, on a machine that is busy.
-            wait_for(pid, out, random_.randrange(shards))
+            # So many shards further: moments alone would all be early, or late, on a machine that is busy.
+            wait_for(pid, out, len(list(out.glob("*.done"))) + random_.randrange(shards // 2))
             time.sleep(random_.uniform(0, 0.03))
             os.kill(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
