@@ -97,8 +97,8 @@ def checkpoints() -> str:
                 rows.append([label, who, f"{row['wall_s'] / floor:.2f}", *peaks])
     head = ["", "whole process of", "time / copy", "peak resident", "of it anonymous"]
     return (
-        "Whole processes, medians of "
-        f"{result['rounds']} rounds in one run, sources in the page cache, results flushed to the disk; `copy` is `cp` "
+        "Whole processes, medians (rounds in one run: "
+        f"{result['rounds']}), sources in the page cache, results flushed to the disk; `copy` is `cp` "
         f"and `sync` of the same files:\n\n{table(head, rows)}\n\n"
         f"`benchmarks/checkpoints.py`: {environment(result)}"
     )
