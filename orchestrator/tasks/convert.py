@@ -20,7 +20,7 @@ from orchestrator.errors import ConfigError, DoesNotFitError, RequestError
 from orchestrator.pipeline import Model, Source, merged, merged_bytes, prepare
 from orchestrator.report.console import note, size
 from orchestrator.runfolder import RunFolder
-from orchestrator.tasks.session import bring, look
+from orchestrator.tasks.session import Planned, bring, look
 
 _SUFFIX = ".unfinished"  # of the hidden folder in which an output is made
 _ANOTHER = "Name a new folder, or remove what is in it."
@@ -79,15 +79,19 @@ def _merged(config: Config, run: RunFolder, check: Callable[[Source], None]) -> 
 
 def _quantized(config: Config, run: RunFolder, check: Callable[[Source], None]) -> tuple[Source, Model]:
     """What the engine that the plan chooses would load. For another machine, maybe: it need not fit here."""
-    planned = look(config, planning=True, check=lambda planned: check(planned.source))
+
+    def check_merged(planned: Planned) -> None:
+        if not BACKENDS[planned.plan.chosen.backend].stages:  # what an engine writes is smaller than the merged model
+            check(planned.source)
+
+    planned = look(config, planning=True, check=check_merged)
+    check_merged(planned)
     chosen = planned.plan.chosen
-    if not BACKENDS[chosen.backend].stages:
-        check(planned.source)
-        if chosen.bits < 16:
-            note(
-                f"{chosen.backend} quantizes when it loads: what is written is the merged model, "
-                f"not {chosen.bits:g} bits (backend=exllamav2 writes those)"
-            )
+    if not BACKENDS[chosen.backend].stages and chosen.bits < 16:
+        note(
+            f"{chosen.backend} quantizes when it loads: what is written is the merged model, "
+            f"not {chosen.bits:g} bits (backend=exllamav2 writes those)"
+        )
     return planned.source, prepare(planned.config, planned.source, chosen, run)
 
 
