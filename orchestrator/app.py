@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # everything is closed: a second Ctrl-C has nothing to stop
         print("\ninterrupted", file=sys.stderr)
+        exec("")  # CPython remembers one that passed through an exec (a dataclass being made), and would die of SIGINT
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has gone: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

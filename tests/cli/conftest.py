@@ -31,9 +31,9 @@ def orchestrator(tmp_path: Path, store: Path) -> Iterator[Orchestrator]:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Orchestrator]:
-    """A working folder for runs that several tests look at."""
-    place = Orchestrator(tmp_path_factory.mktemp("shared"), store)
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orchestrator]:
+    """A working folder for runs that several tests look at, and a store that no other test fills."""
+    place = Orchestrator(tmp_path_factory.mktemp("shared"), tmp_path_factory.mktemp("shared-artifacts"))
     yield place
     place.close()
 

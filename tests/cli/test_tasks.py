@@ -174,9 +174,9 @@ def test_what_needs_no_conversion_is_said(orchestrator: Orchestrator, merged: Pa
 
 
 @pytest.fixture
-def own_store(orchestrator: Orchestrator, default_run: Done) -> Orchestrator:
-    """A working folder with a copy of the store."""
-    orchestrator.store = Path(shutil.copytree(orchestrator.store, orchestrator.folder / "store"))
+def own_store(orchestrator: Orchestrator, shared: Orchestrator, default_run: Done) -> Orchestrator:
+    """A working folder with a copy of the default run's store."""
+    orchestrator.store = Path(shutil.copytree(shared.store, orchestrator.folder / "store"))
     return orchestrator
 
 
