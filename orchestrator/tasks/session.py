@@ -26,7 +26,8 @@ from orchestrator.errors import RequestError
 from orchestrator.hardware import Hardware, detect
 from orchestrator.hub.locate import ADAPTER, MODEL, Located, NoPartsError, locate
 from orchestrator.pipeline import Model, Source, is_built, prepare, versions
-from orchestrator.plan.planner import make_plan, must_fit, runnable, why
+from orchestrator.plan.planner import make_plan, must_fit, runnable
+from orchestrator.plan.ranking import why
 from orchestrator.plan.types import Candidate, Plan
 from orchestrator.report.console import console, note
 from orchestrator.report.tables import hardware_line, held_lines, model_line, plan_table

@@ -19,7 +19,8 @@ from orchestrator.errors import ConfigError, DoesNotFitError
 from orchestrator.hardware import GIB, MIB, Gpu, Hardware
 from orchestrator.plan import offload
 from orchestrator.plan.huggingface import CUDA_RUNTIME, HOST_RUNTIME
-from orchestrator.plan.planner import make_plan, must_fit, why
+from orchestrator.plan.planner import make_plan, must_fit
+from orchestrator.plan.ranking import why
 from orchestrator.plan.types import Candidate
 
 LAYER_16 = 404_766_720  # bytes of one layer of LLAMA_7B in 16 bit

@@ -1,0 +1,133 @@
+"""What a configuration asks the plan to look at: every engine, method and width that it leaves open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from orchestrator.backends.known_models import LOADED, counted
+from orchestrator.backends.table import BACKENDS, METHODS, Backend
+from orchestrator.checkpoint.spec import ModelSpec
+from orchestrator.config import ENGINE_KEYS, Config, get
+from orchestrator.errors import ConfigError, EngineUnavailableError, OrchestratorError
+from orchestrator.hardware import BF16, GIB, Hardware
+from orchestrator.plan.ranking import GOAL_CONTEXT, IN_FLIGHT
+from orchestrator.plan.types import Ask
+
+
+def asks_of(config: Config, spec: ModelSpec, hardware: Hardware) -> Iterator[Ask]:
+    set_keys = {key for key in ENGINE_KEYS if get(config, key) is not None}
+    for backend in BACKENDS.values():
+        if config.backend.name not in ("auto", backend.name) or not set_keys <= backend.keys:
+            continue
+        if config.backend.name == "auto" and hardware.device not in backend.automatic and not set_keys:
+            continue
+        if backend.cache_bits and config.cache.bits not in (None, *backend.cache_bits):
+            continue  # of another engine that was not named
+        if (refusal := _refusal(backend, spec, hardware)) is not None:
+            if config.backend.name == backend.name:
+                raise refusal
+            continue
+        for method, bits in _widths(config, backend, hardware):
+            if method == "none" and any(key.startswith("quant.") for key in set_keys):
+                continue  # they say how to quantize
+            if config.quant.double and method not in ("nf4", "fp4"):
+                continue
+            dtype = _dtype(config, backend, method, bits, hardware)
+            if dtype is None:
+                continue
+            yield Ask(
+                backend=backend.name,
+                method=method,
+                bits=bits,
+                dtype=dtype,
+                double_quant=bool(config.quant.double) and method in ("nf4", "fp4"),
+                max_context=config.model.max_context,
+                goal=GOAL_CONTEXT,
+                max_in_flight=config.run.in_flight or IN_FLIGHT[0],
+                settings={key: get(config, key) for key in set_keys},
+            )
+
+
+def _refusal(backend: Backend, spec: ModelSpec, hardware: Hardware) -> OrchestratorError | None:
+    """Why an engine can run nothing of this model on this hardware; None where it can."""
+    if hardware.device not in backend.devices:
+        return EngineUnavailableError(
+            f"backend={backend.name} needs a CUDA GPU, and there is none here",
+            "To plan for other hardware, add task=plan hardware=4x24gb (see the hardware group).",
+        )
+    loaded = LOADED.get(backend.name)
+    if loaded is not None and spec.architecture not in loaded:
+        return ConfigError(
+            f"backend={backend.name} does not know the architecture {spec.architecture}, and would load it as another",
+            "Use another backend (backend=auto chooses one).",
+        )
+    if spec.architecture not in counted(backend.name):
+        return ConfigError(
+            f"what backend={backend.name} needs for a {spec.architecture} is not known here; {known(spec)}",
+            f"It is known of {', '.join(sorted(counted(backend.name)))}.",
+        )
+    return None
+
+
+def known(spec: ModelSpec) -> str:
+    """What can be said of a model that cannot be planned."""
+    cache = spec.cache_elements(1)
+    eyes = f" ({spec.vision_bytes / GIB:.2f} of them the image encoder)" if spec.vision_bytes else ""
+    return f"its weights take {spec.nbytes / GIB:.2f} GiB{eyes} as they are, its cache {cache:,} elements a token"
+
+
+def _widths(config: Config, backend: Backend, hardware: Hardware) -> Iterator[tuple[str, float]]:
+    """(method, bits) pairs of a backend that the request allows. A method is automatic unless it is named."""
+    seen: set[float] = set()
+    for method, widths in backend.methods.items():
+        if config.quant.method not in ("auto", method):
+            continue
+        if method in backend.on_request and config.quant.method != method:
+            continue
+        low, high = METHODS[method].low, METHODS[method].high
+        asked = config.quant.bits
+        if asked is not None and low is not None and high is not None and low <= asked <= high:
+            widths = (asked,)
+        for bits in widths:
+            if config.quant.bits not in (None, bits):
+                continue
+            if config.quant.method == "auto" and bits in seen:
+                continue  # another method of the same width: only when it is asked for (fp4 beside nf4)
+            if bits == 32 and config.quant.bits is None and config.model.dtype == "auto" and hardware.gpus:
+                continue  # on a GPU, 32 bit is for who asks for it
+            seen.add(bits)
+            yield method, bits
+
+
+def _dtype(config: Config, backend: Backend, method: str, bits: float, hardware: Hardware) -> str | None:
+    """The dtype of the arithmetic and of what is not quantized; None where it contradicts the bits or the engine.
+
+    bfloat16 needs compute capability 8.0; CPUs compute in float32, as the kernels there do at their best.
+    """
+    asked = config.model.dtype
+    if backend.dtypes:
+        return backend.dtypes[0] if asked == "auto" else asked if asked in backend.dtypes else None
+    if method == "none":
+        if asked != "auto":
+            return asked if bits == (32 if asked == "float32" else 16) else None
+        if bits == 32:
+            return "float32"
+    elif asked != "auto":
+        return asked
+    if not hardware.gpus:
+        return "bfloat16" if method == "none" else "float32"
+    return "bfloat16" if all(gpu.capability >= BF16 for gpu in hardware.gpus) else "float16"
+
+
+def nothing_matches(config: Config) -> str:
+    asked = [f"backend={config.backend.name}"] if config.backend.name != "auto" else []
+    asked += [f"quant.method={config.quant.method}"] if config.quant.method != "auto" else []
+    asked += [f"quant.bits={config.quant.bits:g}"] if config.quant.bits is not None else []
+    asked += [f"model.dtype={config.model.dtype}"] if config.model.dtype != "auto" else []
+    asked += [f"{key}={get(config, key)}" for key in ENGINE_KEYS if get(config, key) is not None]
+    have = [
+        f"{b.name} has {', '.join(f'{m} at {METHODS[m].widths(ws)} bits' for m, ws in b.methods.items())}"
+        for b in BACKENDS.values()
+        if config.backend.name in ("auto", b.name)
+    ]
+    return f"no engine runs {' with '.join(asked)}: {'; '.join(have)}"

@@ -1,0 +1,47 @@
+"""One combination's candidate, by the memory model of its engine."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+
+from orchestrator.backends.table import BACKENDS
+from orchestrator.checkpoint.spec import ModelSpec
+from orchestrator.config import Config
+from orchestrator.engine.interpreters import interpreter
+from orchestrator.hardware import Hardware
+from orchestrator.plan import offload
+from orchestrator.plan.ranking import IN_FLIGHT, goal_of, is_short
+from orchestrator.plan.types import Ask, Candidate
+
+
+def estimate(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
+    """One combination's candidate: with the most sequences in flight that leave room for the context.
+
+    Offload is looked at last, where it is allowed and gives more context than fewer sequences in flight do.
+    """
+    backend = BACKENDS[ask.backend]
+    module, function = backend.memory.split(":")
+    estimate = getattr(importlib.import_module(module), function)
+    goal = goal_of(config, spec)
+    settings = {key: value for key, value in ask.settings.items() if key not in offload.KEYS}
+    asks = [replace(ask, settings=settings)] + ([ask] if settings != ask.settings else [])
+    found: list[Candidate] = []
+    for asked in asks:
+        for in_flight in (ask.max_in_flight,) if config.run.in_flight else IN_FLIGHT:
+            candidate: Candidate = estimate(spec, hardware, replace(asked, max_in_flight=in_flight))
+            found.append(candidate)
+            if candidate.fits and candidate.max_context >= goal and not candidate.offloads:
+                break
+        if found[-1].fits and not is_short(found[-1], goal):
+            break
+    fitting = [candidate for candidate in found if candidate.fits]
+    # Where nothing fits, the last try has the reasons that matter: those against the offload, if one was allowed.
+    best = max(fitting, key=lambda c: (not is_short(c, goal), *_way(c, goal))) if fitting else found[-1]
+    return replace(best, installed=interpreter(backend, config, hardware.device) is not None)
+
+
+def _way(candidate: Candidate, goal: int) -> tuple[bool, int, float, int]:
+    """No offload, then more context, then the fastest answer: caches of fewer in flight push out less weights."""
+    context = min(candidate.max_context, goal)
+    return not candidate.offloads, context, candidate.most_tokens_per_s or 0.0, candidate.max_in_flight
