@@ -31,6 +31,7 @@ from orchestrator.engine.placement import bytes_per_device, check_placement
 from orchestrator.errors import EngineError, OrchestratorError
 
 _READ_BYTES = 1 << 16
+_IDLE_S = 0.5  # between two looks at an idle engine
 _GATHER_S = 0.005  # an idle engine waits so long for more requests: a batch then starts with all of them
 _SMOKE_TOKENS = [1, 2, 3, 4]  # ids that every vocabulary has
 _WARM_IN_FLIGHT = 4  # the parent's usual number; more would cost a large model seconds
@@ -82,10 +83,12 @@ class Inbox:
             raise item
         return item
 
-    def drain(self, wait: bool) -> list[wire.Message]:
-        """Everything that is there; with `wait`, at least one command and what follows close behind it."""
-        found = [self.get()] if wait else []
+    def drain(self, wait: float) -> list[wire.Message]:
+        """Everything that is there; given seconds to wait, also what comes in them and close behind it."""
+        found: list[wire.Message] = []
         with contextlib.suppress(queue.Empty):
+            if wait:
+                found.append(self.get(timeout=wait))
             while True:
                 found.append(self.get(timeout=_GATHER_S if wait else 0))
         return found
@@ -218,10 +221,13 @@ def _generate(engine: Engine, name: str, count: int) -> None:
 
 
 def _serve(engine: Engine, warm: Stats, inbox: Inbox, outbox: wire.Sender) -> None:
-    """Steps the engine while anything is in flight, else waits for a command. Returns on Close."""
+    """Steps the engine while anything is in flight, else waits for a command. Returns on Close.
+
+    An idle engine is looked at too: one that has died says so in its events.
+    """
     in_flight: set[str] = set()
     while True:
-        for command in inbox.drain(wait=not in_flight):
+        for command in inbox.drain(wait=0 if in_flight else _IDLE_S):
             match command:
                 case wire.Submit(request):
                     in_flight.add(request.id)
@@ -236,11 +242,10 @@ def _serve(engine: Engine, warm: Stats, inbox: Inbox, outbox: wire.Sender) -> No
                     return
                 case _:
                     raise EngineError(f"{type(command).__name__} is not a command")
-        if in_flight:
-            events = engine.events()
-            in_flight.difference_update(e.id for e in events if not isinstance(e, Delta))
-            if events:
-                outbox.send(wire.Events(events))
+        events = engine.events()
+        in_flight.difference_update(e.id for e in events if not isinstance(e, Delta))
+        if events:
+            outbox.send(wire.Events(events))
 
 
 def _since(warm: Stats, now: Stats) -> Stats:

@@ -53,7 +53,9 @@ class Fake:
         self.cancelled.add(request_id)
 
     def events(self) -> list[Event]:
-        self.steps += 1
+        if self.fault == "idle" and not self.rows:
+            raise RuntimeError("the driver has gone")
+        self.steps += bool(self.rows)
         if self.fault == "talk":
             print('{"is":"Close"}' * 50, flush=True)
             os.write(1, b"\x00\x00\x00\x02{}")

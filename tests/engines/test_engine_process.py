@@ -174,6 +174,13 @@ def test_a_death_in_the_middle_of_an_answer(start: Start, fault: str, message: s
     assert message in str(read_until_error(process))
 
 
+def test_a_death_is_noticed_though_nothing_is_in_flight(start: Start) -> None:
+    process = start(fake_plan("idle"), FAKE)
+    process.wait_ready(timeout=20)
+    with pytest.raises(EngineError, match=r"waiting for requests.*the driver has gone"):
+        process.events(timeout=20)
+
+
 def test_a_death_is_noticed_though_a_worker_holds_the_socket(start: Start) -> None:
     process = start(fake_plan("fork"), FAKE)
     process.wait_ready(timeout=20)
