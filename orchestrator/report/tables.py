@@ -100,6 +100,13 @@ def plan_table(candidate: Candidate) -> Table:
     return made
 
 
+def margin_line(candidate: Candidate) -> str:
+    """What the plan keeps free: "kept free: 482 MiB a GPU (bitsandbytes was never measured on this card)"."""
+    where = " a GPU" if candidate.gpus else ""
+    most = "up to " if len({gpu.margin for gpu in candidate.gpus}) > 1 else ""
+    return f"kept free: {most}{size(candidate.margin)}{where} ({candidate.backend} was {candidate.margin_source})"
+
+
 def candidates_table(plan: Plan) -> Table:
     """Every engine and width that was asked about, best first."""
     made = table(
