@@ -100,34 +100,13 @@ class Session:
             "prefill_tokens_per_s": stats.prefill_tokens / stats.prefill_s if stats.prefill_s else None,
             "decode_tokens_per_s": stats.decode_tokens / stats.decode_s if stats.decode_s else None,
             "placement": self.ready.placement,
-            "memory": self.memory(stats),
+            "memory": memory(self.planned, self.chosen, self.watch, stats),
         }
-
-    def memory(self, stats: Stats) -> list[dict[str, Any]]:
-        """Each device that computes: what was planned for it, and the most that was held there, in bytes.
-
-        Beside it what the engine says of itself: the allocator's peak, or the resident memory with all files' pages.
-        """
-        chosen, peaks = self.chosen, self.watch.peaks
-        names = {f"cuda:{gpu.index}": gpu.name for gpu in self.planned.hardware.gpus}
-        own = {"cpu": stats.host_peak_bytes} | _by_device(stats.gpu_peak_bytes, chosen)
-        return [
-            {
-                "device": device.device,
-                "kind": names.get(device.device, device.device),
-                "predicted": device.total,
-                "measured": peaks[device.device].held,
-                "by": peaks[device.device].by,
-                "own": own.get(device.device),
-            }
-            for device in chosen.gpus or (chosen.host,)
-            if device.device in peaks
-        ]
 
     def remember(self, stats: Stats) -> None:
         """Adds this session to the record that margins are learned from; where that fails, it says so and goes on."""
         chosen, spec, versions = self.chosen, self.planned.spec, self.ready.versions
-        devices = self.memory(stats)
+        devices = memory(self.planned, self.chosen, self.watch, stats)
         if not devices:
             return
         line = {
@@ -164,6 +143,29 @@ class Session:
                 "engine": self.ready.versions,
             },
         }
+
+
+def memory(planned: Planned, chosen: Candidate, watch: MemoryWatch, stats: Stats) -> list[dict[str, Any]]:
+    """Each device that computes: what was planned for it, and the most that was held there, in bytes.
+
+    Beside it, as "own", what the engine says of itself: its allocator's peak; on a CPU, the resident memory with all
+    pages of files.
+    """
+    peaks = watch.peaks
+    names = {f"cuda:{gpu.index}": gpu.name for gpu in planned.hardware.gpus}
+    own = {"cpu": stats.host_peak_bytes} | _by_device(stats.gpu_peak_bytes, chosen)
+    return [
+        {
+            "device": device.device,
+            "kind": names.get(device.device, device.device),
+            "predicted": device.total,
+            "measured": peaks[device.device].held,
+            "by": peaks[device.device].by,
+            "own": own.get(device.device),
+        }
+        for device in chosen.gpus or (chosen.host,)
+        if device.device in peaks
+    ]
 
 
 def _by_device(gpu_peaks: list[int], chosen: Candidate) -> dict[str, int]:
@@ -347,6 +349,24 @@ def load_plan(planned: Planned, chosen: Candidate, model: Path) -> LoadPlan:
 
 
 @contextmanager
+def start_engine(
+    planned: Planned, chosen: Candidate, python: str, model: Path, log: Path
+) -> Iterator[tuple[EngineProcess, MemoryWatch]]:
+    """An engine that loads a folder as it was planned, and who watches its memory; both end on the way out.
+
+    Raises:
+        EngineUnavailableError: there is no such interpreter.
+    """
+    plan = load_plan(planned, chosen, model)
+    env = {name: os.environ.get(name, value) for name, value in ENGINE_ENVIRONMENT.items()}
+    adapter = BACKENDS[chosen.backend].adapter
+    used = [gpu for gpu in planned.hardware.gpus if f"cuda:{gpu.index}" in plan.memory]
+    with MemoryWatch(used) as watch, EngineProcess.start(python, adapter, plan, log, env=env) as engine:
+        watch.follow(engine.pid)
+        yield engine, watch
+
+
+@contextmanager
 def open_session(
     planned: Planned, run: RunFolder, check: Callable[[Tokenizer, Candidate], None] = lambda tokenizer, chosen: None
 ) -> Iterator[Session]:
@@ -371,15 +391,7 @@ def open_session(
         model = prepare(config, planned.source, chosen, run)
         run.status("loading")
         note(f"loading in a process of its own ({chosen.label}) ...")
-        plan = load_plan(planned, chosen, model.path)
-        env = {name: os.environ.get(name, value) for name, value in ENGINE_ENVIRONMENT.items()}
-        adapter = BACKENDS[chosen.backend].adapter
-        used = [gpu for gpu in planned.hardware.gpus if f"cuda:{gpu.index}" in plan.memory]
-        with (
-            MemoryWatch(used) as watch,
-            EngineProcess.start(python, adapter, plan, run.path / "engine.log", env=env) as engine,
-        ):
-            watch.follow(engine.pid)
+        with start_engine(planned, chosen, python, model.path, run.path / "engine.log") as (engine, watch):
             tokenizer = tokenizer or _tokenizer(planned, chosen, check)
             ready = engine.wait_ready()
             loading.close()
