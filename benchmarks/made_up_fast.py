@@ -30,7 +30,8 @@ HEAD_BITS = 6  # the usual, whose groups are as large
 SPREAD = 0.02  # of weights
 SIZES = {"F16": 2, "I16": 2, "I32": 4}
 Words = np.ndarray[Any, Any]
-Tensor = tuple[str, tuple[int, ...], Callable[[int], Iterator[bytes]]]  # safetensors' dtype, shape, its bytes
+Bytes = Callable[[int], Iterator[bytes | memoryview]]  # so many of them
+Tensor = tuple[str, tuple[int, ...], Bytes]  # safetensors' dtype, shape, content
 
 
 def write_plain(folder: Path, shape: Shape, context: int) -> Path:
@@ -71,7 +72,7 @@ def _head_parts(rows: int) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def _linear(size: tuple[int, int], parts: tuple[tuple[int, int], ...], words: Callable[..., Any]) -> dict[str, Tensor]:
+def _linear(size: tuple[int, int], parts: tuple[tuple[int, int], ...], words: Bytes) -> dict[str, Tensor]:
     """The five tensors of a quantized linear of shape (out, in)."""
     out, rows = pad32(size[0]), size[1]
     groups: list[tuple[int, int]] = []  # (bits, first row of packed words)
@@ -105,17 +106,17 @@ def _random(kind: type) -> Words:
     return random.integers(0, 2**32, BLOCK, dtype=np.uint32)
 
 
-def _repeated(block: Words) -> Callable[[int], Iterator[bytes]]:
+def _repeated(block: Words) -> Bytes:
     """Bytes of a block over and over, each tensor from where the last one ended."""
     data, at = memoryview(block).cast("B"), 0
 
-    def read(count: int) -> Iterator[bytes]:
+    def read(count: int) -> Iterator[memoryview]:
         nonlocal at
         while count:
             piece = data[at : at + count]
             at = (at + len(piece)) % len(data)
             count -= len(piece)
-            yield piece  # type: ignore[misc]  # a view of bytes is written as they are
+            yield piece
 
     return read
 
@@ -124,7 +125,7 @@ def _ones(count: int) -> Iterator[bytes]:
     yield np.ones(count // 2, dtype=np.float16).tobytes()
 
 
-def _of(values: Words) -> Callable[[int], Iterator[bytes]]:
+def _of(values: Words) -> Bytes:
     return lambda count: iter([values.tobytes()])
 
 
@@ -139,7 +140,7 @@ def _write(folder: Path, file: str, tensors: dict[str, Tensor], config: dict[str
         for _, tensor in ordered:
             _fill(out, tensor)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    _write_tokenizer(folder, vocab, int(config["max_position_embeddings"]))
+    write_tokenizer(folder, vocab, int(config["max_position_embeddings"]))
     (folder / "done").touch()
     return folder
 
@@ -167,7 +168,7 @@ def _fill(out: BinaryIO, tensor: Tensor) -> None:
         out.write(piece)
 
 
-def _write_tokenizer(folder: Path, vocab: int, context: int) -> None:
+def write_tokenizer(folder: Path, vocab: int, context: int) -> None:
     """The embedded tokenizer, made as large as the model's vocabulary by words that no text has."""
     tokenizer = json.loads((embedded.BASE / "tokenizer.json").read_text(encoding="utf-8"))
     words = tokenizer["model"]["vocab"]

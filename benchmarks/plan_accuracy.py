@@ -59,7 +59,8 @@ SHAPES = {
 POSITIONS = 32_768  # that the made-up models have
 ANSWER = 4  # tokens: the rest of the context is prompt
 IN_FLIGHT = {128: 2, 2048: 4, 8192: 2, 32_768: 1}  # by context
-STAYS = 0.5  # of the weights on the GPU, where the others are offloaded
+# Of the weights on the GPU, where the others are offloaded, which bitsandbytes does not quantize.
+STAYS = {"transformers": 0.5, "bitsandbytes": 0.75}
 RIGHT_BYTES, RIGHT_SHARE = 300 * MIB, 0.02
 CACHE_LOG = re.compile(r"GPU KV cache size: ([\d,]+) tokens")  # as vLLM logs it
 
@@ -138,7 +139,7 @@ def configured(case: Case, model: Path, work: Path) -> Config:
 def offloaded(config: Config) -> Config:
     """The same on a card that has room for a part of the weights only, the others in host memory."""
     whole = look(config, planning=False).plan.chosen.gpus[0]
-    room = whole.total - (1 - STAYS) * whole.weights
+    room = whole.total - (1 - STAYS[config.backend.name]) * whole.weights
     card = max(room + RIGHT_BYTES, room / (1 - RIGHT_SHARE)) + DRIVER_KEEPS  # with the margin
     hardware = replace(config.hardware, memory_gib=round(card / GIB, 3))
     return replace(config, hardware=hardware, offload=OffloadConfig(cpu_gib=256.0))

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from composing import composed
+import small_models
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import plan_accuracy as accuracy
 from made_up import Shape
-from made_up_fast import write_exl2, write_plain
-from plan_accuracy import Case, cases, configured, is_right, read, row, table
+from made_up_fast import write_exl2, write_plain, write_tokenizer
+from plan_accuracy import POSITIONS, SHAPES, Case, cases, configured, is_right, offloaded, read, row, table
+from small_models import Llama
 
+from orchestrator import hardware
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.spec import model_spec
 from orchestrator.checkpoint.tokenizer import token_count
 from orchestrator.config import BackendConfig, CacheConfig, QuantConfig, RunConfig
-from orchestrator.hardware import GIB, MIB
+from orchestrator.hardware import GIB, MIB, Gpu
 from orchestrator.plan.exl2_sizes import pieces
 from orchestrator.stages.exl2_result import judge_model
+from orchestrator.tasks.session import look
 
 SMALL = Shape(256, 512, 2, 4, 2, 4100)
 
@@ -109,12 +113,22 @@ def test_every_case_has_a_name_of_its_own_and_can_be_asked_for(tmp_path: Path) -
     assert (config.hardware.gpus, config.hardware.memory_gib, config.parallel.tensor) == ([0, 1], 7, None)
 
 
-@pytest.mark.usefixtures("hydra")
-def test_every_case_is_a_configuration_that_would_be_accepted(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("every_engine")
+def test_every_case_is_planned_as_it_says_and_fits_on_two_h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Gpu(0, "NVIDIA H100 80GB HBM3", int(79.65 * GIB), 79 * GIB, (9, 0))
+    monkeypatch.setattr(hardware, "nvml_gpus", lambda: ((card, replace(card, index=1)), ()))
+    monkeypatch.setattr(hardware, "host_memory", lambda: (128 * GIB, 120 * GIB))
+    for name in ("1b", "8b"):
+        s = SHAPES[name]
+        llama = Llama(s.hidden, s.layers, s.heads, s.kv_heads, s.intermediate, s.vocab, POSITIONS)
+        write_tokenizer(small_models.write_headers(tmp_path / name, llama), s.vocab, POSITIONS)
     for case in cases(tiny=False):
-        argv = [f"backend={case.engine}", f"quant.method={case.method}", f"quant.bits={case.bits}"]
-        argv += [f"cache.bits={case.cache_bits}"] if case.cache_bits != 16 else []
-        composed(*argv, f"model.max_context={case.context}", f"run.in_flight={case.in_flight}")
+        config = configured(case, tmp_path / case.shape, tmp_path)
+        chosen = look(offloaded(config) if case.offload else config, planning=False).plan.chosen
+        assert chosen.fits, (case, chosen.reasons)
+        planned = (chosen.backend, chosen.method, chosen.bits, chosen.max_context, chosen.max_in_flight)
+        assert planned == (case.engine, case.method, case.bits, case.context, case.in_flight)
+        assert (len(chosen.gpus), chosen.cache_bits, chosen.offloads) == (case.cards, case.cache_bits, case.offload)
 
 
 # The models
