@@ -6,6 +6,7 @@ Values that depend on a model or a machine are checked by the plan.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import os
@@ -232,6 +233,15 @@ def get(config: Config, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
+
+
+def changed(config: Config, values: dict[str, Any]) -> Config:
+    """A copy with other values for some dotted keys. Nothing is checked."""
+    other = copy.deepcopy(config)
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        setattr(get(other, section), name, value)
+    return other
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

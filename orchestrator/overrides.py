@@ -166,6 +166,17 @@ def _quoted(key: str, value: str) -> str:
     return f"'{value}'"
 
 
+def unquoted(override: str) -> str:
+    """An override as it was typed, before `_quoted`."""
+    key, sign, value = override.partition("=")
+    if len(value) < 2 or not value[0] == value[-1] == "'":
+        return override
+    value = re.sub(r"(\\+)\Z", lambda found: found[1][::2], value[1:-1])
+    for mark in ("'", "${"):
+        value = re.sub(rf"((?:\\\\)*)\\{re.escape(mark)}", lambda found: found[1][::2] + mark, value)  # noqa: B023
+    return key + sign + value
+
+
 def literal(text: str) -> str:
     """text so that OmegaConf takes it as it stands: "${" would be an interpolation, and backslashes count before it."""
     return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)

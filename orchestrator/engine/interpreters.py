@@ -63,13 +63,18 @@ def require(backend: Backend, config: Config, device: str) -> str:
     """
     python = interpreter(backend, config, device)
     if python is None:
-        name = ENVIRONMENTS.get((backend.name, device), backend.name)
         here = f"   (or: pip install 'orchestrator[{backend.extra}]')" if backend.extra else ""
         raise EngineUnavailableError(
             f"backend={backend.name} is not installed here ({', '.join(missing_here(backend))} missing)",
-            f"Type: python -m orchestrator task=engine engine.name={name}{here}",
+            f"Type: {how_to_install(backend, device)}{here}",
         )
     return python
+
+
+def how_to_install(backend: Backend, device: str) -> str:
+    """The command that makes an interpreter for this backend."""
+    name = ENVIRONMENTS.get((backend.name, device), backend.name)
+    return f"python -m orchestrator task=engine engine.name={name}"
 
 
 @cache

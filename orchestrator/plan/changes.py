@@ -1,92 +1,254 @@
-"""What to change where something does not fit, each with its number."""
+"""What to change where something does not fit, cheapest first, each with its number.
+
+Every kind of change is tried alone, with nothing else given up (but the sequences in flight, which cost only speed);
+where none is enough, all of them together.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
-from orchestrator.backends.table import BACKENDS
+from orchestrator.backends.table import METHODS, backends_with_key
 from orchestrator.checkpoint.spec import ModelSpec
-from orchestrator.config import Config
+from orchestrator.config import ENGINE_KEYS, Config, changed, get
 from orchestrator.hardware import GIB, Hardware
 from orchestrator.plan import offload
 from orchestrator.plan.asks import asks_of
 from orchestrator.plan.estimate import estimate
 from orchestrator.plan.ranking import goal_of, rank
-from orchestrator.plan.types import Candidate, Plan
+from orchestrator.plan.types import Candidate, Change
+
+CACHE_BITS = (8, 6, 4)
+WIDTHS = tuple(quarters / 4 for quarters in range(32, 8, -1))  # 8 to 2.25 bits
+MOST_CARDS = 16
+LEAST_CONTEXT = 512
+
+Try = tuple[Config, Hardware]
+Tries = Callable[[Config, Hardware], Iterator[Try]]
 
 
-def ways_out(config: Config, spec: ModelSpec, hardware: Hardware, plan: Plan) -> str:
-    """What would fit, cheapest change first, each with its number; what offload would do comes last."""
-    short = replace(plan.chosen, max_context=0)
-    tries: list[tuple[str, Config]] = []
-    if (config.run.in_flight or 1) > 1:
-        tries.append(("run.in_flight=1", _changed(config, in_flight=1)))
-    if config.model.max_context is not None:
-        tries.append(("a shorter model.max_context", _changed(config, context=True)))
-    tries.append(("another width", _changed(config, in_flight=1, context=True, width=True)))
-    ways = []
-    for name, other in tries:
-        asks = asks_of(other, spec, hardware)
-        found = min((estimate(other, spec, hardware, ask) for ask in asks), key=lambda c: rank(c, 0))
-        if found.fits:
-            settings = f"backend={found.backend} quant.bits={found.bits:g} model.max_context={found.max_context}"
-            how = name if name.startswith("run.") else f"{settings} run.in_flight={found.max_in_flight}"
-            ways.append(f"{how} ({_most(found):.2f} GiB)")
-            break
-        short = found
-    ways += _offload_ways(config, spec, hardware) or _offload_ways(_changed(config, width=True), spec, hardware)
-    if ways:
-        return f"What would fit: {'; or, slower, '.join(ways)}."
-    have = sum(d.capacity for d in short.devices) / GIB
-    need = sum(d.total for d in short.devices) / GIB
-    return f"Nothing that this version has would fit: {short.label} needs {need:.2f} GiB of {have:.2f} GiB."
+def changes(config: Config, spec: ModelSpec, hardware: Hardware) -> tuple[Change, ...]:
+    """The first of each kind that fits, cheapest kind first; () where nothing helps."""
+
+    def each(*kinds: _Kind) -> list[Change]:
+        tried = (_first(kind, config, spec, hardware) for kind in kinds)
+        return [change for change in tried if change is not None]
+
+    found = each(*KINDS)
+    if not any(change.slow for change in found):
+        found += each(TO_BOTH)
+    if not any(change.settings and not change.slow for change in found):
+        found = each(TOGETHER) + found
+    return tuple(found)
 
 
-def _most(candidate: Candidate) -> float:
-    """GiB on the device that holds the most of what is loaded, the disk aside."""
-    return max(d.total / GIB for d in (candidate.gpus or (candidate.host,)))
+def smallest(config: Config, spec: ModelSpec, hardware: Hardware) -> Candidate:
+    """What needs the least of all that could be asked for, for who wants to know what is missing."""
+    tried = [
+        estimate(other, spec, machine, ask)
+        for other, machine in _everything(config, hardware)
+        for ask in asks_of(other, spec, machine)
+    ]
+    return min(tried, key=lambda c: sum(d.total for d in c.devices))
 
 
-def _offload_ways(config: Config, spec: ModelSpec, hardware: Hardware) -> list[str]:
-    """What was asked for, with a part of it in host memory or on disk; in both only where one is not enough."""
-    if config.backend.name != "auto" and not BACKENDS[config.backend.name].keys >= set(offload.KEYS):
-        config = replace(config, backend=replace(config.backend, name="auto"))
-    host, disk = hardware.host_available / GIB, offload.ANY_FOLDER
-    ways: list[str] = []
-    for cpu, path in ((host, None), (None, disk), (host, disk)) if hardware.gpus else ((None, disk),):
-        if cpu is not None and path is not None and ways:
-            continue
-        other = replace(config, offload=replace(config.offload, cpu_gib=cpu, folder=path))
-        candidates = [estimate(other, spec, hardware, ask) for ask in asks_of(other, spec, hardware)]
-        fitting = sorted((c for c in candidates if c.fits and c.offloads), key=lambda c: rank(c, goal_of(config, spec)))
-        if fitting:
-            ways.append(_offload_way(config, fitting[0]))
-    return ways
+@dataclass(frozen=True)
+class _Kind:
+    """One kind of change.
+
+    Attributes:
+        costs: what is given up, for the person.
+        tries: what to try, the cheapest first.
+        counts: whether a candidate is such a change (given what was asked for).
+    """
+
+    costs: str
+    tries: Tries
+    counts: Callable[[Candidate, Config], bool] = lambda found, asked: not found.offloads
 
 
-def _offload_way(config: Config, found: Candidate) -> str:
-    """The settings that a person types, and what they cost."""
-    keys = [] if config.backend.name == found.backend else [f"backend={found.backend}"]
-    keys += [] if config.quant.bits == found.bits else [f"quant.bits={found.bits:g}"]
+def _first(kind: _Kind, config: Config, spec: ModelSpec, hardware: Hardware) -> Change | None:
+    for other, machine in kind.tries(config, hardware):
+        found = _best(other, machine, spec, lambda c: kind.counts(c, config))
+        if found is not None and found.fits and found.max_context >= _least_context(config, spec):
+            settings = tuple(_typed(config, other, found))
+            cards = len(machine.gpus) - len(hardware.gpus)
+            more = f"{cards} more such card{'s' * (cards > 1)} ({len(machine.gpus)} in all)" if cards else ""
+            return Change(settings, more, _costs(kind, found), found)
+    return None
+
+
+def _least_context(config: Config, spec: ModelSpec) -> int:
+    """Tokens that a change has to leave, to be worth naming."""
+    return min(LEAST_CONTEXT, config.model.max_context or LEAST_CONTEXT, spec.max_context)
+
+
+def _best(config: Config, hardware: Hardware, spec: ModelSpec, counts: Callable[[Candidate], bool]) -> Candidate | None:
+    goal = goal_of(config, spec)
+    candidates = (estimate(config, spec, hardware, ask) for ask in asks_of(config, spec, hardware))
+    return min(filter(counts, candidates), key=lambda c: rank(c, goal), default=None)
+
+
+def _costs(kind: _Kind, found: Candidate) -> str:
+    if not found.offloads:
+        return kind.costs
     where = []
     if found.gpus and found.host.weights:
-        size = math.ceil(found.host.weights / GIB * 100) / 100
-        keys.append(f"offload.cpu_gib={size:g}")
-        where.append(f"{size:g} GiB in host memory")
+        where.append(f"{found.host.weights / GIB:.2f} GiB in host memory")
     if found.disk:
-        keys.append("offload.folder=/path")
         where.append(f"{found.disk.weights / GIB:.2f} GiB on disk")
-    return f"{' '.join(keys)} ({', '.join(where)}, at most {found.most_tokens_per_s:.2g} tokens/s)"
+    return f"{', '.join(where)}: at most {found.most_tokens_per_s:.2g} tokens/s"
 
 
-def _changed(config: Config, *, in_flight: int | None = None, context: bool = False, width: bool = False) -> Config:
-    """A copy of the configuration with less asked for."""
-    run = replace(config.run, in_flight=in_flight) if in_flight else config.run
-    model = replace(config.model, max_context=None) if context else config.model
-    if not width:
-        return replace(config, run=run, model=model)
-    quant = replace(config.quant, bits=None, method="auto", double=None)
-    backend = replace(config.backend, name="auto")
-    offload_ = replace(config.offload, folder=None, cpu_gib=None)
-    return replace(config, offload=offload_, run=run, model=replace(model, dtype="auto"), quant=quant, backend=backend)
+def _typed(config: Config, other: Config, found: Candidate) -> Iterator[str]:
+    """The settings that lead from one configuration to the candidate that was found with another."""
+    if found.backend != config.backend.name and (found.offloads or other.backend.name != config.backend.name):
+        yield f"backend={found.backend}"  # offloading, another one may come first with just so much host memory
+    asked = (config.quant.bits, config.quant.method)
+    if (other.quant.bits, other.quant.method) != asked or (found.offloads and config.quant.bits != found.bits):
+        yield f"quant.bits={found.bits:g}"
+        if config.quant.method not in ("auto", found.method):
+            yield "quant.method=auto"
+    if other.model.dtype != config.model.dtype:
+        yield f"model.dtype={other.model.dtype}"
+    if other.model.max_context != config.model.max_context:
+        yield f"model.max_context={found.max_context}"
+    if other.run.in_flight != config.run.in_flight:
+        yield f"run.in_flight={found.max_in_flight}"
+    for key in ENGINE_KEYS:
+        value = get(other, key)
+        if value == get(config, key):
+            continue
+        if key == "offload.cpu_gib" and value is not None:
+            if not found.host.weights:
+                continue
+            value = f"{math.ceil(found.host.weights / GIB * 100) / 100:g}"
+        if key == "offload.folder" and value is not None:
+            if not found.disk:
+                continue
+            value = "/path"
+        if value is None:
+            value = "auto" if key == "parallel.gpu_split" and found.backend == config.backend.name else "null"
+        yield f"{key}={value}"
+
+
+# The kinds. Each takes what was asked for, and yields what to try instead.
+
+
+def _fewer_in_flight(config: Config, hardware: Hardware) -> Iterator[Try]:
+    if (config.run.in_flight or 1) > 1:
+        yield changed(config, {"run.in_flight": 1}), hardware
+
+
+def _own_split(config: Config, hardware: Hardware) -> Iterator[Try]:
+    """Without a split or a degree that was given by hand."""
+    by_hand = {key: None for key in ("parallel.gpu_split", "parallel.tensor", "parallel.pipeline") if get(config, key)}
+    if by_hand:
+        yield changed(config, by_hand), hardware
+
+
+def _smaller_cache(config: Config, hardware: Hardware) -> Iterator[Try]:
+    for bits in CACHE_BITS:
+        if bits < (config.cache.bits or 16):
+            yield _one_in_flight(config, {"cache.bits": bits}), hardware
+
+
+def _shorter_context(config: Config, hardware: Hardware) -> Iterator[Try]:
+    if config.model.max_context is not None:
+        yield _one_in_flight(config, {"model.max_context": None}), hardware
+
+
+def _fewer_bits(config: Config, hardware: Hardware) -> Iterator[Try]:
+    for bits in _widths_below(config):
+        method = {"quant.method": "auto", "model.dtype": "auto"} if _fixed(config) else {}
+        yield _one_in_flight(config, {"quant.bits": bits, **method}), hardware
+
+
+def _another_engine(config: Config, hardware: Hardware) -> Iterator[Try]:
+    """The same width if another engine has it, else the next one below."""
+    if config.backend.name == "auto":
+        return
+    free = dict.fromkeys(ENGINE_KEYS) | {"backend.name": "auto", "quant.method": "auto", "model.dtype": "auto"}
+    for bits in dict.fromkeys((config.quant.bits, *_widths_below(config))):
+        yield _one_in_flight(config, {**free, "quant.bits": bits}), hardware
+
+
+def _to_host(config: Config, hardware: Hardware) -> Iterator[Try]:
+    if hardware.gpus:
+        for other in _offloading(config):
+            yield changed(other, {"offload.cpu_gib": hardware.host_available / GIB}), hardware
+
+
+def _to_disk(config: Config, hardware: Hardware) -> Iterator[Try]:
+    for other in _offloading(config):
+        yield changed(other, {"offload.folder": offload.ANY_FOLDER}), hardware
+
+
+def _to_both(config: Config, hardware: Hardware) -> Iterator[Try]:
+    if hardware.gpus:
+        for other in _offloading(config):
+            both = {"offload.cpu_gib": hardware.host_available / GIB, "offload.folder": offload.ANY_FOLDER}
+            yield changed(other, both), hardware
+
+
+def _offloading(config: Config) -> Iterator[Config]:
+    """What was asked for, on an engine that offloads; then any width of any such engine."""
+    nowhere = dict.fromkeys(offload.KEYS)
+    if config.backend.name in ("auto", *backends_with_key(offload.KEYS[0])):
+        yield changed(config, nowhere)
+    free = dict.fromkeys(ENGINE_KEYS) | {"backend.name": "auto"}
+    yield changed(config, free)
+    yield changed(config, free | {"quant.bits": None, "quant.method": "auto", "model.dtype": "auto"})
+
+
+def _more_cards(config: Config, hardware: Hardware) -> Iterator[Try]:
+    if not hardware.gpus:
+        return
+    own = changed(config, {"parallel.gpu_split": None, "parallel.tensor": None})
+    last = hardware.gpus[-1]
+    for count in range(len(hardware.gpus) + 1, MOST_CARDS + 1):
+        more = (replace(last, index=last.index + i + 1) for i in range(count - len(hardware.gpus)))
+        yield own, replace(hardware, gpus=(*hardware.gpus, *more))
+
+
+def _everything(config: Config, hardware: Hardware) -> Iterator[Try]:
+    free: dict[str, Any] = dict.fromkeys(ENGINE_KEYS)
+    free |= {"backend.name": "auto", "quant.method": "auto", "model.dtype": "auto", "model.max_context": None}
+    yield _one_in_flight(config, {**free, "quant.bits": None}), hardware
+    for bits in WIDTHS:
+        yield _one_in_flight(config, {**free, "quant.bits": bits}), hardware
+    yield _one_in_flight(config, {**free, "quant.bits": WIDTHS[-1], "cache.bits": CACHE_BITS[-1]}), hardware
+
+
+def _one_in_flight(config: Config, more: dict[str, Any]) -> Config:
+    fewer = {"run.in_flight": 1} if (config.run.in_flight or 1) > 1 else {}
+    return changed(config, {**fewer, **more})
+
+
+def _fixed(config: Config) -> bool:
+    """Whether the method, or a dtype of what is not quantized, allows one width only."""
+    method = METHODS.get(config.quant.method)
+    return config.model.dtype != "auto" or (method is not None and method.low is None)
+
+
+def _widths_below(config: Config) -> Iterator[float]:
+    asked = config.quant.bits or (16 if config.model.dtype != "auto" or config.quant.method == "none" else 32)
+    return (bits for bits in (16.0, *WIDTHS) if bits < asked)
+
+
+KINDS = (
+    _Kind("answers one after the other", _fewer_in_flight),
+    _Kind("nothing: it is split anew", _own_split),
+    _Kind("a little precision of the cache", _smaller_cache),
+    _Kind("the length of a conversation", _shorter_context),
+    _Kind("precision", _fewer_bits),
+    _Kind("another engine", _another_engine, lambda found, asked: found.backend != asked.backend.name),
+    _Kind("speed", _to_host, lambda found, asked: found.offloads),
+    _Kind("speed", _to_disk, lambda found, asked: found.offloads),
+    _Kind("another card", _more_cards),
+)
+TO_BOTH = _Kind("speed", _to_both, lambda found, asked: found.offloads)  # where neither alone is enough
+TOGETHER = _Kind("all of it together", _everything)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from orchestrator.backends.table import BACKENDS
 from orchestrator.calibration import Margin, lessened, margins
 from orchestrator.checkpoint.spec import ModelSpec
-from orchestrator.config import Config, folder
+from orchestrator.config import Config, changed, folder
 from orchestrator.engine.interpreters import interpreter
 from orchestrator.hardware import GIB, Hardware
 from orchestrator.plan import offload
@@ -63,3 +63,10 @@ def _way(candidate: Candidate, goal: int) -> tuple[bool, int, float, int]:
     """No offload, then more context, then the fastest answer: caches of fewer in flight push out less weights."""
     context = min(candidate.max_context, goal)
     return not candidate.offloads, context, candidate.most_tokens_per_s or 0.0, candidate.max_in_flight
+
+
+def largest_context(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> int:
+    """Tokens that one sequence alone can have, up to what the model was made for; 0: not even a short one fits."""
+    alone = replace(ask, max_context=None, goal=spec.max_context, max_in_flight=1)
+    found = estimate(changed(config, {"run.in_flight": 1, "model.max_context": None}), spec, hardware, alone)
+    return found.max_context if found.fits else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from orchestrator.backends.known_models import counted, tried
 from orchestrator.backends.table import BACKENDS
@@ -11,13 +12,15 @@ from orchestrator.checkpoint.trust import shown
 from orchestrator.config import Config
 from orchestrator.engine.interpreters import require
 from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError
-from orchestrator.hardware import BF16, Hardware
+from orchestrator.hardware import BF16, GIB, Hardware
 from orchestrator.plan import offload
 from orchestrator.plan.asks import asks_of, known, nothing_matches
-from orchestrator.plan.changes import ways_out
-from orchestrator.plan.estimate import estimate
+from orchestrator.plan.changes import changes, smallest
+from orchestrator.plan.estimate import estimate, largest_context
 from orchestrator.plan.ranking import goal_of, rank
 from orchestrator.plan.types import Candidate, Plan
+
+SAID = 3  # changes that an error names; the plan has them all
 
 
 def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
@@ -46,7 +49,10 @@ def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
         if not any(spec.architecture in counted(name) for name in BACKENDS):
             raise ConfigError(f"what an engine needs for a {spec.architecture} is not known here; {known(spec)}")
         raise ConfigError(nothing_matches(config))
-    candidates = [estimate(config, spec, hardware, ask) for ask in asks]
+    candidates = [
+        replace(estimate(config, spec, hardware, ask), largest_context=largest_context(config, spec, hardware, ask))
+        for ask in asks
+    ]
     candidates.sort(key=lambda c: rank(c, goal_of(config, spec)))
     notes = (
         *spec.notes,
@@ -54,7 +60,8 @@ def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
         *hardware.notes,
         *_dtype_notes(config, candidates[0], hardware),
     )
-    return Plan(candidates[0], tuple(candidates), notes, hardware)
+    ways = () if candidates[0].fits else changes(config, spec, hardware)
+    return Plan(candidates[0], tuple(candidates), notes, hardware, ways)
 
 
 def _untried(candidates: list[Candidate], spec: ModelSpec) -> Iterator[str]:
@@ -69,9 +76,18 @@ def must_fit(plan: Plan, config: Config, spec: ModelSpec, hardware: Hardware) ->
     Raises:
         DoesNotFitError: with what is missing where, and what would fit.
     """
-    if not plan.chosen.fits:
-        ways = ways_out(config, spec, hardware, plan)
-        raise DoesNotFitError(f"{plan.chosen.label} does not fit: {'; '.join(plan.chosen.reasons)}", ways)
+    if plan.chosen.fits:
+        return
+    problem = f"{plan.chosen.label} does not fit: {'; '.join(plan.chosen.reasons)}"
+    if plan.changes:
+        fast, slow = ([change.said for change in plan.changes if change.slow is offloads] for offloads in (False, True))
+        ways = "; or ".join(fast[:SAID]) + ("; or, slower, " if fast and slow else "") + "; or, slower, ".join(slow)
+        raise DoesNotFitError(problem, f"What would fit: {ways}.")
+    least = smallest(config, spec, hardware)
+    need, have = (sum(sizes) / GIB for sizes in zip(*((d.total, d.capacity) for d in least.devices), strict=True))
+    raise DoesNotFitError(
+        problem, f"Nothing that this version has would fit: {least.label} needs {need:.2f} GiB of {have:.2f} GiB."
+    )
 
 
 def runnable(plan: Plan, config: Config, hardware: Hardware) -> tuple[Candidate, str]:

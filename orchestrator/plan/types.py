@@ -31,6 +31,11 @@ class DeviceBytes:
     def total(self) -> int:
         return self.weights + self.kv_cache + self.scratch + self.runtime
 
+    @property
+    def left(self) -> int:
+        """What stays free; negative where it does not fit."""
+        return self.capacity - self.total
+
     def to_json(self) -> dict[str, Any]:
         return {
             "device": self.device,
@@ -74,6 +79,7 @@ class Candidate:
         disk: what is offloaded to `offload_folder`; None: nothing.
         most_tokens_per_s: a bound on the speed of one answer, where weights are offloaded; None: none are.
         notes: what is to be known of an offload before it runs.
+        largest_context: tokens that one sequence alone can have, up to what the model was made for; 0: not known.
         margin_source: what the margins come from: "never measured on this card", "measured in 5 runs on this card".
     """
 
@@ -99,6 +105,7 @@ class Candidate:
     offload_folder: str = ""
     most_tokens_per_s: float | None = None
     notes: tuple[str, ...] = ()
+    largest_context: int = 0
     margin_source: str = ""
 
     @classmethod
@@ -139,9 +146,19 @@ class Candidate:
         return (*self.gpus, self.host, *((self.disk,) if self.disk else ()))
 
     @property
+    def computing(self) -> tuple[DeviceBytes, ...]:
+        """The GPUs; the host where there are none."""
+        return self.gpus or (self.host,)
+
+    @property
+    def fullest(self) -> DeviceBytes:
+        """Of the devices that compute, the one with the least left."""
+        return min(self.computing, key=lambda device: device.left)
+
+    @property
     def margin(self) -> int:
         """Bytes that are kept free of each device that computes; the most, where they differ."""
-        return max(device.margin for device in self.gpus or (self.host,))
+        return max(device.margin for device in self.computing)
 
     @property
     def limits(self) -> dict[str, int]:
@@ -179,6 +196,7 @@ class Candidate:
             "gpu_split": list(self.gpu_split),
             "cache_bits": self.cache_bits,
             "max_context": self.max_context,
+            "largest_context": self.largest_context,
             "max_in_flight": self.max_in_flight,
             "gpus": [gpu.to_json() for gpu in self.gpus],
             "host": self.host.to_json(),
@@ -193,18 +211,66 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Change:
+    """Something to change, with which it would fit.
+
+    Attributes:
+        settings: as they are typed ("cache.bits=4", ...).
+        cards: what to add to the machine; "": nothing.
+        costs: what is given up.
+        candidate: what runs then.
+    """
+
+    settings: tuple[str, ...]
+    cards: str
+    costs: str
+    candidate: Candidate
+
+    @property
+    def slow(self) -> bool:
+        """Whether weights are brought in for every token."""
+        return self.candidate.offloads
+
+    @property
+    def label(self) -> str:
+        """What to do, as a person reads it."""
+        return ", ".join(part for part in (self.cards, " ".join(self.settings)) if part)
+
+    @property
+    def said(self) -> str:
+        """With its number: "cache.bits=4 (22.10 GiB on cuda:0, context 4096)"."""
+        fullest = self.candidate.fullest
+        number = f"{fullest.total / 2**30:.2f} GiB on {fullest.device}, context {self.candidate.max_context}"
+        return f"{self.label} ({f'{number}; {self.costs}' if self.slow else number})"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "settings": list(self.settings),
+            "cards": self.cards,
+            "costs": self.costs,
+            "candidate": self.candidate.to_json(),
+        }
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The chosen candidate, and all of them, best first."""
+    """The chosen candidate, and all of them, best first.
+
+    Attributes:
+        changes: where nothing that was asked for fits: what to change, cheapest first.
+    """
 
     chosen: Candidate
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...] = ()
     hardware: Hardware | None = None
+    changes: tuple[Change, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
             **self.chosen.to_json(),
             "notes": [*self.notes, *self.chosen.notes],
             "hardware": self.hardware.to_json() if self.hardware is not None else None,
+            "changes": [change.to_json() for change in self.changes],
             "candidates": [candidate.to_json() for candidate in self.candidates],
         }

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.backends.table import METHODS
 from orchestrator.checkpoint.spec import ModelSpec
 from orchestrator.hardware import MIB, Hardware, Holder
-from orchestrator.plan.types import Candidate, Plan
+from orchestrator.plan.types import Candidate
 from orchestrator.report.console import size
 
 if TYPE_CHECKING:
@@ -105,22 +104,6 @@ def margin_line(candidate: Candidate) -> str:
     where = " a GPU" if candidate.gpus else ""
     most = "up to " if len({gpu.margin for gpu in candidate.gpus}) > 1 else ""
     return f"kept free: {most}{size(candidate.margin)}{where} ({candidate.backend} was {candidate.margin_source})"
-
-
-def candidates_table(plan: Plan) -> Table:
-    """Every engine and width that was asked about, best first."""
-    made = table(
-        "What could run it, best first",
-        *("engine", "method", "bits", "fits", "needs", "on", "context", "installed"),
-        left=2,
-    )
-    for c in plan.candidates:
-        need = max(c.gpus or (c.host,), key=lambda d: d.total / max(1, d.capacity))
-        fits = ("offload" if c.offloads else "yes") if c.fits else "no"
-        method = METHODS[c.method].label + (" double" if c.double_quant else "")
-        cells = (c.backend, method, f"{c.bits:g}", fits, short(need.total), need.device)
-        made.add_row(*cells, str(c.max_context), "yes" if c.installed else "no", style="" if c.fits else "dim")
-    return made
 
 
 def result_table(plan: Candidate, measured: dict[str, Any]) -> Table:

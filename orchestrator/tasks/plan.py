@@ -4,21 +4,50 @@ from __future__ import annotations
 
 import sys
 
+from orchestrator.backends.table import BACKENDS
 from orchestrator.config import Config
+from orchestrator.engine.interpreters import how_to_install
+from orchestrator.plan.types import Candidate
 from orchestrator.report.console import console
-from orchestrator.report.tables import candidates_table
+from orchestrator.report.plan import bars, candidates_table, changes_table, command
 from orchestrator.runfolder import RunFolder
-from orchestrator.tasks.session import fits, look, show_plan
+from orchestrator.tasks.session import Planned, fits, look, show_plan
 
 
 def plan(config: Config, folder: RunFolder) -> None:
-    """Prints the plan and every candidate; plan.json has both.
+    """Prints the plan, every candidate, and the command that runs the best; plan.json has all of it.
 
     Raises:
         DoesNotFitError: nothing that was asked for fits.
     """
     planned = look(config, planning=True, download=False, bare=True)
-    folder.write("plan.json", planned.to_json())
-    show_plan(planned, planned.plan.chosen)
-    console(sys.stdout).print(candidates_table(planned.plan))
+    chosen = planned.plan.chosen
+    run = command(_typed(), chosen, config) if chosen.fits else None
+    folder.write("plan.json", planned.to_json() | {"command": run})
+    show_plan(planned, chosen)
+    out = console(sys.stdout)
+    out.print(*bars(chosen), "", sep="\n")
+    out.print(candidates_table(planned.plan))
+    if planned.plan.changes:
+        out.print(changes_table(planned.plan))
+    for text in _missing(planned):
+        out.print(text, markup=False, soft_wrap=True)
+    if run is not None:
+        out.print(f"To run it: {run}", markup=False, soft_wrap=True)
     fits(planned)
+
+
+def _missing(planned: Planned) -> list[str]:
+    """How to get each engine that is not here, of those that would fit (or of all, where none does)."""
+    candidates: list[Candidate] = [c for c in planned.plan.candidates if not c.installed]
+    fitting = [c for c in candidates if c.fits] or candidates
+    device = planned.hardware.device
+    names = dict.fromkeys(c.backend for c in fitting)
+    return [f"* {name} is not installed: {how_to_install(BACKENDS[name], device)}" for name in names]
+
+
+def _typed() -> list[str]:
+    """The overrides of the command line."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task)

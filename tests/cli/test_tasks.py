@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,19 @@ def test_a_70b_is_planned_for_four_cards_from_its_headers(orchestrator: Orchestr
     assert (plan["backend"], plan["fits"]) == ("bitsandbytes", True)
     assert 1 < len(plan["gpus"]) <= 4
     assert {c["fits"] for c in plan["candidates"] if c["bits"] == 16} == {False}
+    assert f"To run it: {plan['command']}" in done.out
+    assert plan["command"].startswith(
+        f"python -m orchestrator model.path={model} hardware=4x24gb model.max_context=2048"
+    )
+    assert plan["command"].endswith("backend=bitsandbytes quant.bits=8 prompts.text=Hello")
+
+
+def test_the_command_of_a_plan_can_be_typed(orchestrator: Orchestrator) -> None:
+    planned = orchestrator("task=plan", "prompts.text=What's len?", "generation.max_tokens=4").json("plan.json")
+    done = orchestrator(*shlex.split(planned["command"])[3:])
+    assert done.code == 0, done.err
+    assert done.answers[0]["prompt"] == "What's len?"
+    assert done.json("result.json")["plan"]["backend"] == planned["backend"]
 
 
 @pytest.mark.parametrize("task", ["plan", "run"])

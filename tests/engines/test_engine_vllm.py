@@ -32,13 +32,17 @@ FAST = (1, 2)  # four ranks on two cores are ten times slower: what does not dep
 QUESTION = [{"role": "user", "content": "Which module provides Counter?"}]
 TOLERANCE = 2e-4  # of a log-probability in float32, whatever the order of additions
 DEATH_S = 15.0
+EAGER: dict[str, Any] = {"enforce_eager": True}
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, vllm_engines: Path) -> Config:
-    """float32 on the CPU, sixteen at a time; one store, so that the embedded model is merged once."""
+    """float32 on the CPU, sixteen at a time; one store, so that the embedded model is merged once.
+
+    Nothing is compiled, which takes most of a load: a run of the command in tests/cli has that.
+    """
     return Config(
-        backend=BackendConfig(name="vllm"),
+        backend=BackendConfig(name="vllm", engine_args=EAGER),
         quant=QuantConfig(bits=32.0),
         run=RunConfig(in_flight=16),
         paths=PathsConfig(
@@ -232,17 +236,18 @@ def refusal(process: EngineProcess) -> OrchestratorError:
     return caught.value
 
 
-def test_a_bad_load_says_its_root_cause(start: Any, session: Session) -> None:
-    heads = refusal(start(tensor_parallel=3))
-    assert isinstance(heads, EngineError)
-    assert "attention heads (4) must be divisible by tensor parallel size (3)" in heads.message
-    argument = refusal(start(engine_args={"no_such_setting": 1}))
-    assert "no_such_setting" in argument.message
+def test_a_load_that_fails_says_its_root_cause(start: Any) -> None:
+    """Side by side: each takes what it takes to import vLLM."""
+    heads = start(tensor_parallel=3)
+    argument = start(engine_args={"no_such_setting": 1})
+    cache = start(kv_cache={"cpu": 8 << 20})
 
-
-def test_too_little_cache_is_said_by_the_process_that_found_it(start: Any) -> None:
-    little = refusal(start(kv_cache={"cpu": 8 << 20}))
-    assert isinstance(little, DoesNotFitError)
+    refused = refusal(heads)
+    assert isinstance(refused, EngineError)
+    assert "attention heads (4) must be divisible by tensor parallel size (3)" in refused.message
+    assert "no_such_setting" in refusal(argument).message
+    little = refusal(cache)
+    assert isinstance(little, DoesNotFitError)  # said by the process that found it, two levels down
     assert "max seq len" in little.message
     assert "gpu_memory_utilization" not in str(little)
     assert "model.max_context" in little.hint

@@ -27,6 +27,12 @@ def _nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def no_margins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans that keep nothing free, for tests whose numbers are about something else."""
+    monkeypatch.setattr(calibration, "margin", lambda *given: calibration.Margin(0, "not looked at"))
+
+
+@pytest.fixture
 def every_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which every engine is installed."""
     monkeypatch.setattr(interpreters, "missing_here", lambda backend: [])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import small_models
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # last: some of its names are also names of tests
 
 import plan_accuracy as accuracy
 from made_up import Shape

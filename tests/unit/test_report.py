@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -23,10 +24,12 @@ from orchestrator.checkpoint.spec import model_spec
 from orchestrator.config import Config
 from orchestrator.hardware import detect
 from orchestrator.plan.planner import make_plan
-from orchestrator.plan.types import Plan
+from orchestrator.plan.types import Change, Plan
 from orchestrator.report import merge as merge_report
 from orchestrator.report.console import size
-from orchestrator.report.tables import candidates_table, plan_table, short
+from orchestrator.report.plan import BAR as BAR_CELLS
+from orchestrator.report.plan import bars, candidates_table, changes_table
+from orchestrator.report.tables import plan_table, short
 
 ROOT = Path(__file__).parents[2]
 BAR = """
@@ -77,9 +80,38 @@ def test_a_plan_has_a_line_a_device(plan: Plan) -> None:
 
 
 def test_candidates_have_a_line_each(plan: Plan) -> None:
-    _, head, _, *rows = lines(candidates_table(plan))
-    assert head.split() == ["engine", "method", "bits", "fits", "needs", "on", "context", "installed"]
+    _, head, _, *rows, caption = lines(candidates_table(plan))
+    assert head.split() == ["engine", "fits", "over", "weights", "cache", "scratch", "left", "context"]
     assert len(rows) == len(plan.candidates) > 3
+    assert caption.startswith("GiB on the fullest device")
+    for row, candidate in zip(rows, plan.candidates, strict=True):
+        assert row.startswith(candidate.backend)
+        assert re.search(r" (yes|no|host|disk) +(TP \d|\d GPUs|cuda:\d|cpu) ", row)
+        assert row.split()[-1] == (str(candidate.largest_context) if candidate.fits else "-")
+        assert float(row.split()[-2]) == pytest.approx(candidate.fullest.left / 2**30, abs=0.06)
+
+
+def test_a_bar_for_each_gpu_is_as_long_as_what_it_holds(plan: Plan) -> None:
+    *rows, legend = [line.plain for line in bars(plan.chosen)]
+    assert legend.split()[1::2][0] == "weights"
+    assert len(rows) == len(plan.chosen.gpus)
+    for row, device in zip(rows, plan.chosen.gpus, strict=True):
+        assert row.startswith(device.device)
+        assert len(row) <= 80
+        assert row.count("\u2588") == pytest.approx(BAR_CELLS * device.weights / device.capacity, abs=1)
+        assert row.count("\u00b7") == pytest.approx(BAR_CELLS * device.left / device.capacity, abs=1)
+        assert row.endswith(f"{size(device.total)} of {size(device.capacity)}")
+
+
+def test_what_to_change_has_a_line_each(plan: Plan) -> None:
+    less = replace(plan.chosen, backend="exllamav2", method="exl2", bits=4.65)
+    changes = (
+        Change(("cache.bits=4",), "", "a little precision of the cache", less),
+        Change((), "2 more such cards (4 in all)", "another card", plan.chosen),
+    )
+    text = "\n".join(lines(changes_table(replace(plan, changes=changes))))
+    assert re.search(r"cache\.bits=4 +a little.* exllamav2 EXL2 4\.65 +\d", text)
+    assert "2 more such cards" in text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,181 @@
+"""What to change where something does not fit: every change fits when it is typed, the cheapest come first."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import small_models
+from composing import composed
+from small_models import LLAMA_7B, LLAMA_70B, Llama
+
+from orchestrator.checkpoint.folder import open_checkpoint
+from orchestrator.checkpoint.spec import ModelSpec, model_spec
+from orchestrator.hardware import GIB, MIB, Gpu, Hardware
+from orchestrator.plan import huggingface
+from orchestrator.plan.planner import make_plan
+from orchestrator.plan.types import Change, Plan
+from orchestrator.report.plan import command
+
+pytestmark = pytest.mark.usefixtures("hydra", "every_engine", "no_margins")
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[Llama, ModelSpec]:
+    folder = tmp_path_factory.mktemp("models")
+    written = {shape: small_models.write_headers(folder / str(shape.layers), shape) for shape in (LLAMA_7B, LLAMA_70B)}
+    return {shape: model_spec(open_checkpoint(model)) for shape, model in written.items()}
+
+
+def cards(count: int, gib: float = 24) -> Hardware:
+    gpus = tuple(Gpu(i, "card", int(gib * GIB), int(gib * GIB) - 450 * MIB, (8, 6)) for i in range(count))
+    return Hardware("auto", gpus, 128 * GIB, 64 * GIB, 16)
+
+
+CPU = Hardware("auto", (), 64 * GIB, 5 * GIB, 8)
+
+CASES = [
+    (LLAMA_70B, cards(4), ["backend=vllm", "quant.bits=16", "parallel.tensor=4"]),
+    (LLAMA_70B, cards(2), ["backend=exllamav2", "quant.bits=8", "model.max_context=2048"]),
+    (LLAMA_70B, cards(2), ["backend=exllamav2", "quant.bits=4", "model.max_context=2048", "run.in_flight=64"]),
+    (LLAMA_70B, cards(2), ["backend=exllamav2", "quant.bits=4", "parallel.gpu_split=[10,24]"]),
+    (LLAMA_70B, cards(1), []),
+    (LLAMA_70B, cards(1, 8), ["quant.bits=4"]),
+    (LLAMA_7B, cards(1, 8), ["quant=none"]),
+    (LLAMA_7B, cards(1, 8), ["backend=bitsandbytes", "quant=int8", "model.max_context=4096", "run.in_flight=8"]),
+    (LLAMA_7B, cards(1, 3), ["backend=bitsandbytes", "quant.bits=4"]),
+    (LLAMA_7B, CPU, ["backend=transformers", "model.dtype=bfloat16"]),
+]
+
+
+def typed(argv: list[str], change: Change) -> list[str]:
+    """The command line with a change in it, as a person would type it."""
+    changed = [setting.replace("=/path", "=/tmp") for setting in change.settings]
+    keys = {setting.partition("=")[0] for setting in changed}
+    if keys & {"quant.bits", "backend"}:
+        argv = [a for a in argv if not a.startswith("quant=")]
+    if "backend" in keys:  # another engine has no use for this one's keys
+        argv = [a for a in argv if not a.startswith(("parallel.", "cache."))]
+    return [a for a in argv if a.partition("=")[0] not in keys] + changed
+
+
+@pytest.mark.parametrize(("shape", "hardware", "argv"), CASES)
+def test_every_change_fits_when_it_is_made(
+    specs: dict[Llama, ModelSpec],
+    shape: Llama,
+    hardware: Hardware,
+    argv: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(huggingface, "disk_room", lambda folder: 1 << 40)
+    plan = make_plan(composed(*argv), specs[shape], hardware)
+    assert not plan.chosen.fits
+    assert plan.changes
+    for change in plan.changes:
+        more = len(change.candidate.gpus) if change.cards else len(hardware.gpus)
+        machine = cards(max(more, len(hardware.gpus)), hardware.gpus[0].total / GIB) if hardware.gpus else hardware
+        then = make_plan(composed(*typed(argv, change)), specs[shape], machine)
+        assert then.chosen.fits, change.said
+        if change.settings:
+            assert then.chosen.fullest.total <= then.chosen.fullest.capacity
+            assert (then.chosen.backend, then.chosen.bits) == (change.candidate.backend, change.candidate.bits)
+
+
+def found(plan: Plan) -> list[str]:
+    return [change.label for change in plan.changes]
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "context", "expected"),
+    [
+        (4, 16384, ["run.in_flight", "cache.bits", "model.max_context", "quant.bits", "1 more such card"]),
+        (1, 32768, ["cache.bits", "model.max_context", "quant.bits", "backend", "1 more such card"]),
+    ],
+)
+def test_the_cheapest_come_first(
+    specs: dict[Llama, ModelSpec], in_flight: int, context: int, expected: list[str]
+) -> None:
+    argv = ["backend=exllamav2", "quant.bits=4.25", f"model.max_context={context}", f"run.in_flight={in_flight}"]
+    labels = found(make_plan(composed(*argv), with_context(specs[LLAMA_70B], 32768), cards(2)))
+    firsts = [re.split("[=(]", label.removeprefix("run.in_flight=1 "))[0].strip() for label in labels]
+    assert firsts == expected
+
+
+def with_context(spec: ModelSpec, tokens: int) -> ModelSpec:
+    return replace(spec, max_context=tokens)
+
+
+def test_a_width_below_is_the_largest_that_fits(specs: dict[Llama, ModelSpec]) -> None:
+    plan = make_plan(composed("backend=exllamav2", "quant.bits=8"), specs[LLAMA_70B], cards(2))
+    [bits] = [change.candidate.bits for change in plan.changes if change.label.startswith("quant.bits")]
+    above = make_plan(composed("backend=exllamav2", f"quant.bits={bits + 0.25}"), specs[LLAMA_70B], cards(2))
+    assert not above.chosen.fits or above.chosen.max_context < 512
+
+
+def test_more_cards_are_as_few_as_will_do(specs: dict[Llama, ModelSpec]) -> None:
+    argv = ["backend=exllamav2", "quant.bits=8"]
+    [change] = [c for c in make_plan(composed(*argv), specs[LLAMA_70B], cards(1)).changes if c.cards]
+    total = int(change.cards.split("(")[1].split()[0])
+    assert change.cards.startswith(f"{total - 1} more such card")
+    assert make_plan(composed(*argv), specs[LLAMA_70B], cards(total)).chosen.fits
+    assert not make_plan(composed(*argv), specs[LLAMA_70B], cards(total - 1)).chosen.fits
+
+
+def test_what_fits_has_no_changes(specs: dict[Llama, ModelSpec]) -> None:
+    assert make_plan(composed(), specs[LLAMA_7B], cards(1)).changes == ()
+
+
+def test_the_largest_context_is_the_largest(specs: dict[Llama, ModelSpec]) -> None:
+    """Found by the search, and then asked for: it fits, and 512 tokens more do not."""
+    spec = with_context(specs[LLAMA_70B], 131072)
+    for candidate in make_plan(composed(), spec, cards(2)).candidates:
+        if not candidate.fits:
+            assert candidate.largest_context == 0
+            continue
+        argv = [f"backend={candidate.backend}", f"quant.bits={candidate.bits:g}", "run.in_flight=1"]
+        at, above = (
+            make_plan(composed(*argv, f"model.max_context={tokens}"), spec, cards(2)).chosen.fits
+            for tokens in (candidate.largest_context, candidate.largest_context + 512)
+        )
+        assert (at, above) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "backend=exllamav2 quant.bits=6 prompts.text=Hello"),
+        (["task=plan", "hardware=2x24gb"], "hardware=2x24gb backend=exllamav2 quant.bits=6 prompts.text=Hello"),
+        (["quant=exl2"], "quant=exl2 backend=exllamav2 prompts.text=Hello"),
+        (["backend=exllamav2", "quant.bits=5", "prompts.text=Hi"], "backend=exllamav2 quant.bits=5 prompts.text=Hi"),
+        (["prompts.text='it\\'s'"], """'prompts.text=it'"'"'s' backend=exllamav2 quant.bits=6"""),
+    ],
+)
+def test_the_command_is_what_was_typed_with_the_choice(
+    specs: dict[Llama, ModelSpec], argv: list[str], expected: str
+) -> None:
+    config = composed("model.path=/model")
+    plan = make_plan(composed("backend=exllamav2", "quant.bits=6"), specs[LLAMA_7B], cards(1))
+    made = command(["model.path='/model'", *argv], plan.chosen, config)
+    assert made == f"python -m orchestrator model.path=/model {expected}"
+    assert shlex.split(made)[3] == "model.path=/model"
+
+
+def test_what_was_quoted_for_hydra_is_unquoted(tmp_path: Path) -> None:
+    from hypothesis import example, given
+    from hypothesis import strategies as st
+
+    from orchestrator.app import conf_folder
+    from orchestrator.overrides import prepare, unquoted
+
+    @given(st.text(alphabet="ab'\\$ {}[],=\"\n", max_size=12))
+    @example("it's")
+    @example("\\'${x}\\")
+    def holds(text: str) -> None:
+        override = f"model.path=x{text}"
+        [made] = prepare([override], conf_folder())
+        assert unquoted(made) == override
+
+    holds()
