@@ -138,7 +138,7 @@ def _instances(nvml: Any, handle: Any) -> tuple[Any, ...] | None:
 
 
 def _gpu(nvml: Any, index: int, handle: Any, card: _Card) -> Gpu:
-    total, free, held = _memory(nvml, handle)
+    total, free, held = memory(nvml, handle)
     return Gpu(
         index,
         str(nvml.nvmlDeviceGetName(handle)),
@@ -151,18 +151,18 @@ def _gpu(nvml: Any, index: int, handle: Any, card: _Card) -> Gpu:
     )
 
 
-def _memory(nvml: Any, handle: Any) -> tuple[int, int, int]:
+def memory(nvml: Any, handle: Any) -> tuple[int, int, int]:
     """(total, free, held by processes). Drivers before 510 do not tell what they keep for themselves."""
     try:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
-        return memory.total, memory.free, memory.used
+        info = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+        return info.total, info.free, info.used
     except nvml.NVMLError:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        return memory.total, memory.free, max(0, memory.used - DRIVER_KEEPS)
+        info = nvml.nvmlDeviceGetMemoryInfo(handle)
+        return info.total, info.free, max(0, info.used - DRIVER_KEEPS)
 
 
-def _holders(nvml: Any, handle: Any) -> tuple[Holder, ...]:
-    """The processes on a GPU, largest first. Those of other containers and, on some systems, users are not told."""
+def processes(nvml: Any, handle: Any) -> dict[int, int | None]:
+    """Process id -> bytes of a GPU. Those of other containers and, on some systems, users are not told."""
     held: dict[int, int | None] = {}
     asks: tuple[Callable[[Any], list[Any]], ...] = (
         nvml.nvmlDeviceGetComputeRunningProcesses,
@@ -171,6 +171,12 @@ def _holders(nvml: Any, handle: Any) -> tuple[Holder, ...]:
     for ask in asks:
         with suppress(nvml.NVMLError):  # not every card and user may ask
             held |= {process.pid: process.usedGpuMemory for process in ask(handle)}
+    return held
+
+
+def _holders(nvml: Any, handle: Any) -> tuple[Holder, ...]:
+    """The processes on a GPU, largest first."""
+    held = processes(nvml, handle)
     ours = _ours() if held else set()
     found = [Holder(pid, _process_name(pid), size, pid in ours) for pid, size in held.items()]
     return tuple(sorted(found, key=lambda holder: -(holder.held or 0)))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import replace
 
 from orchestrator.backends.table import BACKENDS
+from orchestrator.calibration import Margin, lessened, margins
 from orchestrator.checkpoint.spec import ModelSpec
-from orchestrator.config import Config, changed
+from orchestrator.config import Config, changed, folder
 from orchestrator.engine.interpreters import interpreter
-from orchestrator.hardware import Hardware
+from orchestrator.hardware import GIB, Hardware
 from orchestrator.plan import offload
 from orchestrator.plan.ranking import IN_FLIGHT, goal_of, is_short
 from orchestrator.plan.types import Ask, Candidate
@@ -18,9 +20,12 @@ from orchestrator.plan.types import Ask, Candidate
 def estimate(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
     """One combination's candidate: with the most sequences in flight that leave room for the context.
 
-    Offload is looked at last, where it is allowed and gives more context than fewer sequences in flight do.
+    Offload is looked at last, where it is allowed and gives more context than fewer sequences in flight do. What the
+    engine's margins keep free is not there for its memory model.
     """
     backend = BACKENDS[ask.backend]
+    kept = margins(folder(config.paths.artifacts), hardware, ask.backend)
+    room = lessened(hardware, kept)
     module, function = backend.memory.split(":")
     estimate = getattr(importlib.import_module(module), function)
     goal = goal_of(config, spec)
@@ -29,7 +34,7 @@ def estimate(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> C
     found: list[Candidate] = []
     for asked in asks:
         for in_flight in (ask.max_in_flight,) if config.run.in_flight else IN_FLIGHT:
-            candidate: Candidate = estimate(spec, hardware, replace(asked, max_in_flight=in_flight))
+            candidate: Candidate = estimate(spec, room, replace(asked, max_in_flight=in_flight))
             found.append(candidate)
             if candidate.fits and candidate.max_context >= goal and not candidate.offloads:
                 break
@@ -38,7 +43,20 @@ def estimate(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> C
     fitting = [candidate for candidate in found if candidate.fits]
     # Where nothing fits, the last try has the reasons that matter: those against the offload, if one was allowed.
     best = max(fitting, key=lambda c: (not is_short(c, goal), *_way(c, goal))) if fitting else found[-1]
-    return replace(best, installed=interpreter(backend, config, hardware.device) is not None)
+    return replace(_with_margins(best, kept), installed=interpreter(backend, config, hardware.device) is not None)
+
+
+def _with_margins(candidate: Candidate, kept: Mapping[str, Margin]) -> Candidate:
+    """The candidate with what is kept free; where nothing but that is missing, it says so."""
+    gpus = tuple(replace(gpu, margin=kept[gpu.device].bytes) for gpu in candidate.gpus)
+    host = replace(candidate.host, margin=kept["cpu"].bytes)
+    largest = max((kept[device.device] for device in gpus or (host,)), key=lambda margin: margin.bytes)
+    reasons = candidate.reasons
+    over = [d for d in (*gpus, host) if d.total > d.capacity]
+    if over and all(d.total <= d.capacity + d.margin for d in over):
+        size = max(d.margin for d in over) / GIB
+        reasons += (f"it would without the {size:.2f} GiB kept free ({candidate.backend} was {largest.source})",)
+    return replace(candidate, gpus=gpus, host=host, reasons=reasons, margin_source=largest.source)
 
 
 def _way(candidate: Candidate, goal: int) -> tuple[bool, int, float, int]:

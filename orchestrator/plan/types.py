@@ -15,7 +15,8 @@ class DeviceBytes:
     Attributes:
         device: "cuda:0", ..., "cpu" for the host, or "disk".
         runtime: the engine's libraries and the CUDA context, whatever the model.
-        capacity: what is free there for this run.
+        capacity: what is free there for this run, less the margin.
+        margin: what is kept free beside that, for what the plan does not foresee.
     """
 
     device: str
@@ -24,6 +25,7 @@ class DeviceBytes:
     scratch: int
     runtime: int
     capacity: int
+    margin: int = 0
 
     @property
     def total(self) -> int:
@@ -43,6 +45,7 @@ class DeviceBytes:
             "runtime": self.runtime,
             "total": self.total,
             "capacity": self.capacity,
+            "margin": self.margin,
         }
 
 
@@ -77,6 +80,7 @@ class Candidate:
         most_tokens_per_s: a bound on the speed of one answer, where weights are offloaded; None: none are.
         notes: what is to be known of an offload before it runs.
         largest_context: tokens that one sequence alone can have, up to what the model was made for; 0: not known.
+        margin_source: what the margins come from: "never measured on this card", "measured in 5 runs on this card".
     """
 
     backend: str
@@ -102,6 +106,7 @@ class Candidate:
     most_tokens_per_s: float | None = None
     notes: tuple[str, ...] = ()
     largest_context: int = 0
+    margin_source: str = ""
 
     @classmethod
     def of(
@@ -151,6 +156,20 @@ class Candidate:
         return min(self.computing, key=lambda device: device.left)
 
     @property
+    def margin(self) -> int:
+        """Bytes that are kept free of each device that computes; the most, where they differ."""
+        return max(device.margin for device in self.computing)
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """GPU -> bytes that the engine may take there.
+
+        The margin too, which is for what it was not expected to take; but not where the plan gives it everything,
+        because it makes cache of all that it is told to take.
+        """
+        return {gpu.device: gpu.capacity + (gpu.margin if gpu.total < gpu.capacity else 0) for gpu in self.gpus}
+
+    @property
     def offloads(self) -> bool:
         """Whether weights move to the device that computes in every step."""
         return self.most_tokens_per_s is not None
@@ -181,6 +200,8 @@ class Candidate:
             "max_in_flight": self.max_in_flight,
             "gpus": [gpu.to_json() for gpu in self.gpus],
             "host": self.host.to_json(),
+            "margin": self.margin,
+            "margin_source": self.margin_source,
             "disk": self.disk.to_json() if self.disk else None,
             "most_tokens_per_s": self.most_tokens_per_s,
             "offload_notes": list(self.notes),

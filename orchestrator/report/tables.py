@@ -99,6 +99,13 @@ def plan_table(candidate: Candidate) -> Table:
     return made
 
 
+def margin_line(candidate: Candidate) -> str:
+    """What the plan keeps free: "kept free: 482 MiB a GPU (bitsandbytes was never measured on this card)"."""
+    where = " a GPU" if candidate.gpus else ""
+    most = "up to " if len({gpu.margin for gpu in candidate.gpus}) > 1 else ""
+    return f"kept free: {most}{size(candidate.margin)}{where} ({candidate.backend} was {candidate.margin_source})"
+
+
 def result_table(plan: Candidate, measured: dict[str, Any]) -> Table:
     """What was predicted and what was measured."""
     made = table("Result", "", "predicted", "measured")

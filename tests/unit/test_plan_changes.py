@@ -20,7 +20,7 @@ from orchestrator.plan.planner import make_plan
 from orchestrator.plan.types import Change, Plan
 from orchestrator.report.plan import command
 
-pytestmark = pytest.mark.usefixtures("hydra", "every_engine")
+pytestmark = pytest.mark.usefixtures("hydra", "every_engine", "no_margins")
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ from orchestrator.plan import gptq_sizes, huggingface
 from orchestrator.plan.planner import make_plan, must_fit
 from orchestrator.plan.types import Ask, Candidate
 
-pytestmark = pytest.mark.usefixtures("hydra", "every_engine")
+pytestmark = pytest.mark.usefixtures("hydra", "every_engine", "no_margins")
 
 GB = 10**9
 ENDLESS = 2**20  # tokens: a model whose context is bounded by memory only

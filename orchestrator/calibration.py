@@ -1,0 +1,170 @@
+"""How far each engine's plan was from what it took, run by run, and what the next plan keeps free because of it.
+
+The record is JSON lines beside the artifacts: one line a run, and in it every device that computed, in bytes. It is a
+person's file too: lines may be damaged or copied from another machine, so that each number is looked at. No torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from filelock import FileLock
+
+from orchestrator.hardware import MIB, Hardware
+
+NAME = "calibration.jsonl"
+LINES = 1000  # the newest count
+TAIL_BYTES = 2 << 20  # enough for so many lines: a run on eight GPUs takes 1.5 KB
+LOCK_S = 5.0  # a line takes a millisecond: a lock that is held for longer is not worth a wait
+ENOUGH = 3  # runs of an engine on one kind of device, from which its margin is learned
+LEAST = 64 * MIB  # of a learned margin
+MORE = 1.1  # the next run may miss by a little more than the worst so far
+SHARE = 0.02  # of a device, where the engine was not measured
+LEAST_UNMEASURED = {"cuda": 300 * MIB, "cpu": 0}  # a host can be small, and its kernel has ways out that a GPU lacks
+MOST = 4  # no margin takes more than one such part of a device: a plan that is further off is wrong elsewhere
+MOST_BYTES = 1 << 50  # of a number in the record that can be true
+
+
+@dataclass(frozen=True)
+class Margin:
+    """Bytes of one device that a plan keeps free, and what they come from: "measured in 5 runs on this card"."""
+
+    bytes: int
+    source: str
+
+
+@dataclass(frozen=True)
+class History:
+    """What the record says.
+
+    Attributes:
+        missed: (engine, kind of device) -> for each run the bytes that it took beyond its plan, negative if fewer.
+        skipped: lines that are no such record.
+    """
+
+    missed: Mapping[tuple[str, str], tuple[float, ...]]
+    skipped: int = 0
+
+
+def margins(root: Path, hardware: Hardware, engine: str) -> dict[str, Margin]:
+    """What to keep free of each GPU and of the host ("cpu"); `root`: the folder of the artifacts."""
+    history = read(root)
+    found = {
+        f"cuda:{gpu.index}": margin(history, engine, gpu.name, "card", gpu.free, LEAST_UNMEASURED["cuda"])
+        for gpu in hardware.gpus
+    }
+    # Beside a GPU the host is never what is learned about: "cpu" is the kind of a run without one.
+    known = History({}) if hardware.gpus else history
+    found["cpu"] = margin(known, engine, "cpu", "CPU", hardware.host_available, LEAST_UNMEASURED["cpu"])
+    return found
+
+
+def margin(history: History, engine: str, kind: str, called: str, capacity: int, least: int) -> Margin:
+    """The margin of an engine on one device.
+
+    Args:
+        kind: as the record has it: the name of a GPU, or "cpu".
+        called: what a person calls the device: "card", "CPU".
+        capacity: bytes that are free there.
+        least: bytes to keep where the engine was not measured.
+    """
+    missed = history.missed.get((engine, kind), ())
+    count = f"measured in {len(missed)} run{'s' * (len(missed) != 1)} on this {called}"
+    if len(missed) >= ENOUGH:
+        size, source = int(max(LEAST, *missed) * MORE), count
+    else:
+        size = max(least, int(capacity * SHARE))
+        source = f"{count}, {ENOUGH} are needed" if missed else f"never measured on this {called}"
+    if history.skipped:
+        source += f"; {history.skipped} line{'s' * (history.skipped != 1)} of {NAME} cannot be read"
+    return Margin(min(size, capacity // MOST), source)
+
+
+def lessened(hardware: Hardware, kept: Mapping[str, Margin]) -> Hardware:
+    """The machine without what is kept free of it."""
+    gpus = tuple(replace(gpu, free=gpu.free - kept[f"cuda:{gpu.index}"].bytes) for gpu in hardware.gpus)
+    return replace(hardware, gpus=gpus, host_available=hardware.host_available - kept["cpu"].bytes)
+
+
+def append(root: Path, line: Mapping[str, Any]) -> None:
+    """Adds one run to the record, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written, or another process holds its lock for too long.
+    """
+    locks = root / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+    with FileLock(locks / f"{NAME}.lock", timeout=LOCK_S), (root / NAME).open("ab+") as file:
+        if file.seek(0, os.SEEK_END) and _last_byte(file.fileno(), file.tell()) != b"\n":
+            text = f"\n{text}"  # whoever wrote the last line was killed: only that one is lost
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _last_byte(fd: int, size: int) -> bytes:
+    return os.pread(fd, 1, size - 1)
+
+
+def read(root: Path) -> History:
+    """The newest lines of the record; nothing where there is none, or where it cannot be opened."""
+    path = root / NAME
+    try:
+        status = path.stat()
+    except OSError:
+        return History({})
+    return _read(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=4)  # a plan asks for each of its candidates
+def _read(path: Path, changed: int, size: int) -> History:
+    start = max(0, size - TAIL_BYTES)
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            lines = file.read(TAIL_BYTES).splitlines()
+    except OSError:
+        return History({})
+    missed: dict[tuple[str, str], tuple[float, ...]] = {}
+    skipped = 0
+    for text in lines[1 if start else 0 :][-LINES:]:
+        try:
+            found = _missed(json.loads(text))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            skipped += 1
+            continue
+        for key, size_missed in found.items():
+            missed[key] = (*missed.get(key, ()), size_missed)
+    return History(missed, skipped)
+
+
+def _missed(line: Any) -> dict[tuple[str, str], float]:
+    """(engine, kind) -> by how many bytes its devices of that kind took more than was predicted: the worst of them.
+
+    Of devices that the engine itself spreads a model over, the mean: what one holds too much, another lacks.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is no record of a run.
+    """
+    by_kind: dict[str, list[int]] = {}
+    for device in line["devices"]:
+        measured, predicted = device["measured"], device["predicted"]
+        if not all(type(size) is int and 0 < size < MOST_BYTES for size in (measured, predicted)):
+            raise ValueError("no sizes of memory")
+        by_kind.setdefault(_name(device["kind"]), []).append(measured - predicted)
+    worst = fmean if line["together"] is True else max
+    return {(_name(line["engine"]), kind): worst(sizes) for kind, sizes in by_kind.items()}
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("no name")
+    return value

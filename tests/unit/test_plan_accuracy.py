@@ -1,0 +1,213 @@
+"""The benchmark of the plan: the arithmetic of its report, its cases, and the made-up models that it loads."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_models
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # last: some of its names are also names of tests
+
+import plan_accuracy as accuracy
+from made_up import Shape
+from made_up_fast import write_exl2, write_plain, write_tokenizer
+from plan_accuracy import POSITIONS, SHAPES, Case, cases, configured, is_right, offloaded, read, row, table
+from small_models import Llama
+
+from orchestrator import hardware
+from orchestrator.checkpoint.folder import open_checkpoint
+from orchestrator.checkpoint.spec import model_spec
+from orchestrator.checkpoint.tokenizer import token_count
+from orchestrator.config import BackendConfig, CacheConfig, QuantConfig, RunConfig
+from orchestrator.hardware import GIB, MIB, Gpu
+from orchestrator.plan.exl2_sizes import pieces
+from orchestrator.stages.exl2_result import judge_model
+from orchestrator.tasks.session import look
+
+SMALL = Shape(256, 512, 2, 4, 2, 4100)
+
+
+def record(
+    *devices: tuple[float, float], weights: float, engine: str = "vllm", offloads: bool = False
+) -> dict[str, Any]:
+    """A result of devices that were (planned, measured), in GiB."""
+    found = [
+        {"device": f"cuda:{i}", "predicted": int(planned * GIB), "measured": int(measured * GIB)}
+        for i, (planned, measured) in enumerate(devices)
+    ]
+    only = {"total": int(weights * GIB), "largest_layer": 1}
+    return {"engine": engine, "method": "none", "offloads": offloads, "devices": found, "weights_only": only}
+
+
+@pytest.mark.parametrize(
+    ("predicted", "measured", "right"),
+    [
+        *[(300, 0, True), (301, 0, False), (10_000, 10_300, True), (10_000, 10_301, False)],
+        *[(50_000, 51_000, True), (50_000, 51_100, False), (51_000, 50_000, True), (51_001, 50_000, False)],
+    ],
+)
+def test_right_is_within_300_mib_or_two_percent_of_what_was_measured(
+    predicted: int, measured: int, right: bool
+) -> None:
+    assert is_right(predicted * MIB, measured * MIB) is right
+
+
+def test_the_numbers_of_some_cases() -> None:
+    found = row(
+        [
+            record((10, 10.25), weights=8),  # right
+            record((10, 10.25), (10, 9), weights=19.25),  # one device is wrong: so is the case; the weights are right
+            record((10, 11), weights=8),
+            record((10, 10), weights=30, offloads=True),  # the weights say nothing of it
+        ]
+    )
+    assert found == {
+        "cases": 4,
+        "right": 2,
+        "too_little": -GIB,
+        "too_much": GIB,
+        "weights_only_cases": 3,
+        "weights_only_right": 1,
+        "weights_only_worst": -3 * GIB,
+    }
+
+
+def test_the_table_has_a_row_for_each_way_and_one_for_all() -> None:
+    records = [
+        record((10, 10.25), weights=10),
+        record((10, 9), weights=8, engine="transformers"),
+        record((10, 10), weights=8, engine="transformers"),
+    ]
+    lines, rows = table(records)
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| vllm none", "| transformers none", "| all"]
+    assert lines[2] == "| vllm none | 1 | 1 of 1 (100%) | -256 MiB | +0 MiB | 1 of 1 (100%) | -256 MiB |"
+    assert lines[3] == "| transformers none | 2 | 1 of 2 (50%) | 0 MiB | +1,024 MiB | 0 of 2 (0%) | -2,048 MiB |"
+    assert (rows["all"]["cases"], rows["all"]["right"]) == (3, 2)
+    assert table([]) == (lines[:2], {})
+    away = table([record((1, 1), weights=3, offloads=True)])[0][-1]
+    assert away == "| all | 1 | 1 of 1 (100%) | 0 MiB | +0 MiB | - | - |"
+
+
+def test_of_a_case_that_was_tried_again_the_last_line_counts(tmp_path: Path) -> None:
+    assert read(tmp_path) == {}
+    (tmp_path / "cases.jsonl").write_text('{"case": "a", "error": "x"}\n{"case": "b"}\n{"case": "a"}\n{"case": "c')
+    assert read(tmp_path) == {"a": {"case": "a"}, "b": {"case": "b"}}
+
+
+def test_every_case_has_a_name_of_its_own_and_can_be_asked_for(tmp_path: Path) -> None:
+    every = [*cases(tiny=False), *cases(tiny=True)]
+    assert len({case.name for case in every}) == len(every) > 50
+    assert {case.engine for case in every} == {"transformers", "bitsandbytes", "exllamav2", "vllm"}
+    assert {case.engine for case in every if case.offload} == {"transformers", "bitsandbytes"}
+    assert {case.cache_bits for case in every if case.engine == "exllamav2"} == {16, 8, 4}
+    case = Case("exllamav2", "exl2", 4, "8b", 8192, 8, cards=2, cap_gib=7)
+    config = configured(case, tmp_path, tmp_path)
+    assert (config.backend, config.cache) == (BackendConfig(name="exllamav2"), CacheConfig(bits=8))
+    assert (config.quant, config.run) == (QuantConfig(method="exl2", bits=4.0), RunConfig(in_flight=2))
+    assert (config.hardware.gpus, config.hardware.memory_gib, config.parallel.tensor) == ([0, 1], 7, None)
+
+
+@pytest.mark.usefixtures("every_engine")
+def test_every_case_is_planned_as_it_says_and_fits_on_two_h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Gpu(0, "NVIDIA H100 80GB HBM3", int(79.65 * GIB), 79 * GIB, (9, 0))
+    monkeypatch.setattr(hardware, "nvml_gpus", lambda: ((card, replace(card, index=1)), ()))
+    monkeypatch.setattr(hardware, "host_memory", lambda: (128 * GIB, 120 * GIB))
+    for name in ("1b", "8b"):
+        s = SHAPES[name]
+        llama = Llama(s.hidden, s.layers, s.heads, s.kv_heads, s.intermediate, s.vocab, POSITIONS)
+        write_tokenizer(small_models.write_headers(tmp_path / name, llama), s.vocab, POSITIONS)
+    for case in cases(tiny=False):
+        config = configured(case, tmp_path / case.shape, tmp_path)
+        chosen = look(offloaded(config) if case.offload else config, planning=False).plan.chosen
+        assert chosen.fits, (case, chosen.reasons)
+        planned = (chosen.backend, chosen.method, chosen.bits, chosen.max_context, chosen.max_in_flight)
+        assert planned == (case.engine, case.method, case.bits, case.context, case.in_flight)
+        assert (len(chosen.gpus), chosen.cache_bits, chosen.offloads) == (case.cards, case.cache_bits, case.offload)
+
+
+# The models
+
+
+def test_a_plain_model_is_whole(tmp_path: Path) -> None:
+    folder = write_plain(tmp_path / "model", SMALL, 4096)
+    spec = model_spec(open_checkpoint(folder))
+    assert (spec.vocab, spec.max_context, spec.layers) == (4100, 4096, 2)
+    assert token_count(folder) == 4100
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    write_plain(folder, SMALL, 4096)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_its_weights_are_finite_and_no_two_rows_alike(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.numpy")
+    tensors = safetensors.load_file(write_plain(tmp_path / "model", SMALL, 4096) / "model.safetensors")
+    head = tensors["lm_head.weight"].astype(np.float32)
+    assert 0.015 < head.std() < 0.025
+    assert len(np.unique(head[:, 0])) > 1000
+    assert np.all(tensors["model.norm.weight"] == 1)
+    assert not np.array_equal(
+        tensors["model.layers.0.mlp.up_proj.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_a_made_up_exl2_model_is_what_the_converter_would_leave(tmp_path: Path, bits: int) -> None:
+    source = open_checkpoint(write_plain(tmp_path / "model", SMALL, 4096))
+    folder = write_exl2(tmp_path / "exl2", SMALL, 4096, bits)
+    found = judge_model(folder, source, bits, 6)
+    assert bits < found["measured_bits"] < bits + 0.3
+    planned = sum(piece.weights for piece in pieces(model_spec(source), bits, 6, True, 4096))
+    embedding = 2 * SMALL.vocab * SMALL.hidden
+    assert planned == pytest.approx(found["bytes"] - embedding, rel=0.06)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_its_groups_cover_every_row_once(tmp_path: Path, bits: int) -> None:
+    safetensors = pytest.importorskip("safetensors.numpy")
+    tensors = safetensors.load_file(write_exl2(tmp_path / "exl2", SMALL, 4096, bits) / "output.safetensors")
+    for module in ("lm_head", "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.k_proj"):
+        packed = tensors[f"{module}.q_weight"].shape[0]
+        pairs = tensors[f"{module}.q_groups"].reshape(-1, 2).tolist()
+        ends = [start for _, start in pairs[1:]] + [packed]
+        rows = [(end - start) * 32 // width for (width, start), end in zip(pairs, ends, strict=True)]
+        assert sum(rows) == len(tensors[f"{module}.q_invperm"])
+        assert [width for width, _ in pairs] == sorted((width for width, _ in pairs), reverse=True)
+        assert sorted(tensors[f"{module}.q_invperm"].tolist()) == list(range(sum(rows)))
+        assert np.all(tensors[f"{module}.q_scale_max"] > 0)
+
+
+def test_the_report_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved: dict[str, Any] = {}
+
+    def save(name: str, result: dict[str, Any], where: dict[str, Any]) -> Path:
+        saved.update(result, name=name, where=where)
+        return tmp_path / "kept.json"
+
+    monkeypatch.setattr(accuracy, "save", save)
+    device = {"by": "process", "own": None}
+    good = record((10, 10), weights=8)
+    good["devices"] = [d | device for d in good["devices"]]
+    good |= {"case": "a", "fits": True, "kv_tokens": {"promised": 5, "real": 4}, "seconds": 3}
+    lines = [
+        good,
+        {"case": "b", "error": "lost", "traceback": "long"},
+        {"case": "c", "fits": False, "reasons": ["too small"]},
+    ]
+    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "environment.json").write_text('{"gpus": ["H200"]}')
+    accuracy.report(tmp_path)
+    out = capsys.readouterr().out
+    assert "a: cuda:0 planned 10,240 MiB, measured 10,240 by process" in out
+    assert "| all | 1 | 1 of 1 (100%)" in out
+    assert saved["left_out"] == {"b": "lost", "c": ["too small"]}
+    assert saved["rows"]["all"]["right"] == 1
+    assert saved["where"] == {"gpus": ["H200"]}
+    assert "traceback" not in json.dumps(saved["cases"])
