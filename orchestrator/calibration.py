@@ -25,7 +25,6 @@ TAIL_BYTES = 2 << 20  # enough for so many lines: a run on eight GPUs takes 1.5 
 LOCK_S = 5.0  # a line takes a millisecond: a lock that is held for longer is not worth a wait
 ENOUGH = 3  # runs of an engine on one kind of device, from which its margin is learned
 LEAST = 64 * MIB  # of a learned margin
-FILLED = 0.8  # of its prediction, that a run has to take to count: a context that was never filled shows nothing
 MORE = 1.1  # the next run may miss by a little more than the worst so far
 SHARE = 0.02  # of a device, where the engine was not measured
 LEAST_UNMEASURED = {"cuda": 300 * MIB, "cpu": 0}  # a host can be small, and its kernel has ways out that a GPU lacks
@@ -46,7 +45,7 @@ class History:
     """What the record says.
 
     Attributes:
-        missed: (engine, kind of device) -> for each run that filled it the bytes beyond its plan, negative if fewer.
+        missed: (engine, kind of device) -> for each run the bytes that it took beyond its plan, negative if fewer.
         skipped: lines that are no such record.
     """
 
@@ -150,8 +149,7 @@ def _read(path: Path, changed: int, size: int) -> History:
 def _missed(line: Any) -> dict[tuple[str, str], float]:
     """(engine, kind) -> by how many bytes its devices of that kind took more than was predicted: the worst of them.
 
-    Only devices that were filled count. Of those that the engine itself spreads a model over, the mean: what one holds
-    too much, another lacks.
+    Of devices that the engine itself spreads a model over, the mean: what one holds too much, another lacks.
 
     Raises:
         ValueError, KeyError, TypeError: it is no record of a run.
@@ -161,8 +159,7 @@ def _missed(line: Any) -> dict[tuple[str, str], float]:
         measured, predicted = device["measured"], device["predicted"]
         if not all(type(size) is int and 0 < size < MOST_BYTES for size in (measured, predicted)):
             raise ValueError("no sizes of memory")
-        if measured >= FILLED * predicted:
-            by_kind.setdefault(_name(device["kind"]), []).append(measured - predicted)
+        by_kind.setdefault(_name(device["kind"]), []).append(measured - predicted)
     worst = fmean if line["together"] is True else max
     return {(_name(line["engine"]), kind): worst(sizes) for kind, sizes in by_kind.items()}
 

@@ -80,12 +80,6 @@ def test_it_is_never_nothing_and_never_the_most_of_a_card(tmp_path: Path) -> Non
     assert margins(tmp_path, machine(80), "exllamav2")["cuda:0"].bytes == 20 * GIB
 
 
-def test_runs_that_filled_little_are_not_learned_from(tmp_path: Path) -> None:
-    for _ in range(3):
-        append(tmp_path, line(-8 * 1024))
-    assert margins(tmp_path, machine(80), "bitsandbytes")["cuda:0"].source == "never measured on this card"
-
-
 def test_another_engine_or_another_card_is_not_learned_from(tmp_path: Path) -> None:
     for _ in range(3):
         append(tmp_path, line(100))
