@@ -150,9 +150,24 @@ def merged(config: Config, source: Source, run: RunFolder) -> Model:
 
 def merged_bytes(config: Config, source: Source) -> int:
     """What the merged (or converted) weights of a request take on the disk."""
-    from orchestrator.stages.merge import merged_size
+    from orchestrator.stages.merged import merged_size
 
     return merged_size(source.base, source.adapters, _dtype(config))
+
+
+def loaded(config: Config, source: Source) -> Checkpoint:
+    """What an engine, or its own conversion, will be given: the merged (or converted) model, by headers alone."""
+    from orchestrator.stages.merged import merged_checkpoint
+
+    dtype = _dtype(config)
+    return merged_checkpoint(source.base, source.adapters, dtype) if source.adapters or dtype else source.base
+
+
+def tokenizer_folder(source: Source) -> Path:
+    """Where the merged model's tokenizer comes from: the base, or an adapter that came with its own."""
+    from orchestrator.stages.merged import merged_tokenizer
+
+    return merged_tokenizer(source.base, source.adapters) if source.adapters else source.base.path
 
 
 def _verify(config: Config, source: Source, store: Store, artifact: Artifact, run: RunFolder) -> None:

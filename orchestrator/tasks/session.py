@@ -25,7 +25,7 @@ from orchestrator.engine.wire import Ready
 from orchestrator.errors import RequestError
 from orchestrator.hardware import Hardware, detect
 from orchestrator.hub.locate import ADAPTER, MODEL, Located, NoPartsError, locate
-from orchestrator.pipeline import Model, Source, is_built, prepare, versions
+from orchestrator.pipeline import Model, Source, is_built, loaded, prepare, tokenizer_folder, versions
 from orchestrator.plan.planner import make_plan, must_fit, runnable
 from orchestrator.plan.ranking import why
 from orchestrator.plan.types import Candidate, Plan
@@ -176,9 +176,9 @@ def _brought(config: Config, places: Places, planning: bool, check: Callable[[Pl
 def _planned(config: Config, places: Places, planning: bool, *, bare: bool = False) -> Planned:
     asked = config
     config, source = open_source(asked, places, bare=bare)
-    spec = model_spec(source.base)
+    spec = model_spec(loaded(config, source))
     if not (planning or places.remote):
-        check_tokenizer(source.base.path)
+        check_tokenizer(tokenizer_folder(source))
     hardware = detect(config.hardware, planning=planning, artifacts=folder(config.paths.artifacts))
     plan = make_plan(config, spec, hardware)
     if config is not asked:
@@ -323,9 +323,9 @@ def open_session(
 
 
 def _tokenizer(planned: Planned, chosen: Candidate, check: Callable[[Tokenizer, Candidate], None]) -> Tokenizer:
-    """The base's tokenizer, which every stage carries over byte for byte; the request, checked with it."""
+    """The merged model's tokenizer, which every stage carries over byte for byte; the request, checked with it."""
     model = planned.config.model
-    tokenizer = Tokenizer(planned.source.base.path, model.chat_template, model.trust_remote_code)
+    tokenizer = Tokenizer(tokenizer_folder(planned.source), model.chat_template, model.trust_remote_code)
     if not tokenizer.has_template:
         note("note: the model has no chat template: prompts go in as plain text (model.chat_template=FILE sets one)")
     check(tokenizer, chosen)
