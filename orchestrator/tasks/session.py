@@ -25,7 +25,8 @@ from orchestrator.engine.wire import Ready
 from orchestrator.errors import RequestError
 from orchestrator.hardware import Hardware, detect
 from orchestrator.hub.locate import ADAPTER, MODEL, Located, NoPartsError, locate
-from orchestrator.pipeline import Model, Source, is_built, loaded, prepare, tokenizer_folder, versions
+from orchestrator.pipeline import Model, Source, disk_needs, is_built, loaded, prepare, tokenizer_folder, versions
+from orchestrator.plan.disk import Need, must_have_room
 from orchestrator.plan.planner import make_plan, must_fit, runnable
 from orchestrator.plan.ranking import why
 from orchestrator.plan.types import Candidate, Plan
@@ -52,10 +53,14 @@ class Planned:
     spec: ModelSpec
     hardware: Hardware
     plan: Plan
+    disk: tuple[Need, ...]  # what the chosen candidate writes to the store, and to output.path
+    elsewhere: bool  # the hardware is another machine's
 
     def to_json(self) -> dict[str, Any]:
-        """What plan.json says: the plan, and of which model and which adapters it is."""
-        return self.source.identity() | self.plan.to_json()
+        """What plan.json says: the plan, of which model and which adapters it is, and what it writes to the disk."""
+        store, *output = (need.to_json() for need in self.disk)
+        disk = {"disk_needed": store, "output_needed": output[0] if output else None}
+        return self.source.identity() | self.plan.to_json() | disk
 
 
 @dataclass(frozen=True)
@@ -119,13 +124,24 @@ def fits(planned: Planned) -> None:
     must_fit(planned.plan, planned.config, planned.spec, planned.hardware)
 
 
+def has_room(planned: Planned) -> None:
+    """Raises DoesNotFitError unless the disk has room for what has to be written."""
+    must_have_room(planned.disk)
+
+
+def can_run(planned: Planned) -> None:
+    """Raises DoesNotFitError unless the plan fits, and what it writes does too."""
+    fits(planned)
+    has_room(planned)
+
+
 def look(
     config: Config,
     *,
     planning: bool,
     download: bool = True,
     bare: bool = False,
-    check: Callable[[Planned], None] = fits,
+    check: Callable[[Planned], None] = can_run,
 ) -> Planned:
     """Reads the headers and the machine, and plans. Neither torch nor a GPU is needed.
 
@@ -183,7 +199,8 @@ def _planned(config: Config, places: Places, planning: bool, *, bare: bool = Fal
     plan = make_plan(config, spec, hardware)
     if config is not asked:
         plan = replace(plan, notes=(*plan.notes, EMBEDDED_NOTE))
-    return Planned(config, source, spec, hardware, plan)
+    elsewhere = planning and config.hardware.cards is not None
+    return Planned(config, source, spec, hardware, plan, disk_needs(config, source, plan.chosen), elsewhere)
 
 
 def find_places(config: Config, *, latest: bool) -> Places:
@@ -259,6 +276,9 @@ def show_plan(planned: Planned, chosen: Candidate) -> None:
         note(f"chosen: {chosen.label}: {why(chosen, planned.plan, planned.config)}")
     for line in chosen.notes:
         note(f"note: {line}")
+    for need in planned.disk:
+        if need.bytes:
+            note(f"on disk: {need}{' (this machine)' if planned.elsewhere else ''}")
 
 
 def load_plan(planned: Planned, chosen: Candidate, model: Path) -> LoadPlan:
@@ -303,8 +323,11 @@ def open_session(
     run.write("plan.json", planned.to_json())
     fits(planned)
     chosen, python = runnable(planned.plan, config, planned.hardware)
+    if chosen is not planned.plan.chosen:
+        planned = replace(planned, disk=disk_needs(config, planned.source, chosen))
     run.write("plan.json", planned.to_json() | chosen.to_json())
     show_plan(planned, chosen)
+    has_room(planned)
     tokenizer = None if is_built(config, planned.source, chosen) else _tokenizer(planned, chosen, check)
     with ExitStack() as loading:
         loading.enter_context(kept())
