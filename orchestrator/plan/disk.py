@@ -112,4 +112,5 @@ def device(path: Path) -> int | None:
 
 def _need(key: str, path: Path, parts: Sequence[Part]) -> Need:
     room = disk_room(path)
-    return Need(key, path, tuple(parts), None if room is None else room.free)
+    # /proc and its like have no size: who writes there is refused for another reason.
+    return Need(key, path, tuple(parts), room.free if room is not None and room.total else None)
