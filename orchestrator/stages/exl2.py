@@ -30,7 +30,7 @@ from orchestrator.checkpoint.trust import shown
 from orchestrator.config import Config, folder
 from orchestrator.engine.interpreters import require
 from orchestrator.errors import ConfigError, EngineUnavailableError
-from orchestrator.hardware import nvml_gpus
+from orchestrator.hardware import child_devices, nvml_gpus
 from orchestrator.pipeline import Model
 from orchestrator.plan.disk import Part
 from orchestrator.plan.exl2_sizes import head_file_bytes, pad32
@@ -341,6 +341,7 @@ class _Job:
             note(f"{title}: going on where an earlier run stopped ({state})")
         gpus = [gpu for gpu in work.chosen.gpus if gpu.device.startswith("cuda:")]
         capped = work.config.hardware.memory_gib is not None
+        environ = os.environ | child_devices(nvml_gpus()[0])
         with _progress(work.run, title) as show:
             return convert(
                 work.python,
@@ -350,7 +351,7 @@ class _Job:
                 show,
                 env={
                     "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
-                    "CUDA_VISIBLE_DEVICES": visible_devices([gpu.device for gpu in gpus], os.environ),
+                    "CUDA_VISIBLE_DEVICES": visible_devices([gpu.device for gpu in gpus], environ),
                     "HF_HUB_OFFLINE": "1",
                 },
                 limits=[gpu.capacity for gpu in gpus] if capped else (),

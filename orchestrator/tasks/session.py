@@ -23,7 +23,7 @@ from orchestrator.config import Config, folder
 from orchestrator.engine.handle import EngineProcess
 from orchestrator.engine.wire import Ready
 from orchestrator.errors import RequestError
-from orchestrator.hardware import Hardware, detect
+from orchestrator.hardware import Hardware, child_devices, detect
 from orchestrator.hub.locate import ADAPTER, MODEL, Located, NoPartsError, locate
 from orchestrator.pipeline import Model, Source, disk_needs, is_built, loaded, prepare, tokenizer_folder, versions
 from orchestrator.plan.disk import Need, must_have_room
@@ -336,6 +336,7 @@ def open_session(
         note(f"loading in a process of its own ({chosen.label}) ...")
         plan = load_plan(planned, chosen, model.path)
         env = {name: os.environ.get(name, value) for name, value in ENGINE_ENVIRONMENT.items()}
+        env |= child_devices(planned.hardware.gpus)
         adapter = BACKENDS[chosen.backend].adapter
         with EngineProcess.start(python, adapter, plan, run.path / "engine.log", env=env) as engine:
             tokenizer = tokenizer or _tokenizer(planned, chosen, check)
