@@ -83,7 +83,7 @@ def _hydra(argv: list[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from orchestrator.config import Config
-    from orchestrator.overrides import prepare
+    from orchestrator.overrides import in_words, prepare
 
     try:
         Path.cwd()
@@ -108,7 +108,7 @@ def _hydra(argv: list[str]) -> int:
         hydra.main(config_path=str(conf), config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(
-            _one_line(error).removeprefix("Error merging override "), "See --help for the keys."
+            in_words(_one_line(error).removeprefix("Error merging override ")), "See --help for the keys."
         ) from None
     except OrchestratorError:
         if "-m" in argv or "--multirun" in argv:
@@ -139,7 +139,7 @@ def _one_line(error: Exception) -> str:
     kept = [line for line in dict.fromkeys(lines) if not line.startswith(noise) and line.strip("^ ")]
     text = " ".join(kept[:2])
     if text.startswith("Ambiguous value"):
-        return f"{kept[0].partition(chr(10))[0]}: several values need -m, which makes a run of each"
+        return f"{kept[0].partition(chr(10))[0]}: a list has brackets; several values, a run of each, need -m"
     if not text or "token recognition error" in text or "viable alternative" in text or "mismatched input" in text:
         example = "'model.adapters=[{path: \"~/lora\"}]'"
         return f"{text or 'a value cannot be read'}: put quotes around texts and paths inside a list, {example}"

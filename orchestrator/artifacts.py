@@ -170,6 +170,12 @@ class Store:
             finally:
                 _remove_unused(partial)
 
+    def to_write(self, recipe: Recipe, needed: int) -> int:
+        """Bytes more that the disk needs to build an artifact of `needed` bytes; 0 where it is there."""
+        if self.find(recipe) is not None:
+            return 0
+        return max(0, needed - _size(self.root / f"{recipe.name}.partial"))
+
     def finished(self) -> list[Artifact]:
         """The finished artifacts, the last used first."""
         found = (self._read(path) for path in self._folders() if not path.name.endswith(".partial"))
@@ -298,12 +304,11 @@ class Store:
             ) from None
 
     def _check_room(self, partial: Path, needed: int) -> None:
-        there = sum(f.stat().st_size for f in partial.glob("*")) if partial.is_dir() else 0
+        needed -= _size(partial)
         free = shutil.disk_usage(self.root).free
-        if needed - there > free:
+        if needed > free:
             raise DoesNotFitError(
-                f"the disk of {self.root} has {free / GIB:.2f} GiB free and the result takes "
-                f"{(needed - there) / GIB:.2f} GiB",
+                f"the disk of {self.root} has {free / GIB:.2f} GiB free and the result takes {needed / GIB:.2f} GiB",
                 "Free some (task=artifacts artifacts.action=prune), or set paths.artifacts=FOLDER on another disk.",
             )
 
@@ -332,6 +337,15 @@ class Store:
         partial.rename(final)
         _sync(self.root)
         return Artifact(final, manifest, files)
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in a folder and below it; of links not what they lead to."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # another run removes what it needs no more
+            total += path.lstat().st_size
+    return total
 
 
 def _entry(said: dict[str, Any]) -> Entry:

@@ -355,7 +355,7 @@ def _check_hardware(config: Config) -> Iterator[str]:
     if hardware.profile == "cpu" and (hardware.gpus or hardware.capability is not None):
         key = "hardware.gpus" if hardware.gpus else "hardware.capability"
         yield f"{key} is set, and hardware=cpu runs without a GPU: leave one of them out"
-    if hardware.capability is not None and round(hardware.capability, 1) != hardware.capability:
+    if _is_number(hardware.capability) and round(hardware.capability or 0, 1) != hardware.capability:
         yield f"hardware.capability={hardware.capability:g} has one digit after the point, such as 8.6"
 
 
@@ -367,8 +367,8 @@ def _check_memory(config: Config) -> Iterator[str]:
     if not sizes or not all(_is_number(size) and MEMORY_GIB[0] <= size <= MEMORY_GIB[1] for size in sizes):
         low, high = MEMORY_GIB
         yield (
-            f"hardware.memory_gib={value} is out of range: {low:g} to {high:g} GiB, one number, or one for each GPU "
-            "('hardware.memory_gib=[24,16]')"
+            f"hardware.memory_gib={value} is not {low:g} to {high:g} GiB, without a unit: one number, or one for each "
+            "GPU ('hardware.memory_gib=[24,16]')"
         )
     elif reserve >= min(sizes):
         yield f"hardware.reserve_gib={reserve:g} leaves nothing of hardware.memory_gib={min(sizes):g}"

@@ -133,17 +133,29 @@ def _check_key(key: str, head: str) -> None:
 def _choice(group: str, value: str, groups: dict[str, list[str]]) -> str:
     if group == "model" or "/" in value:
         return f"A folder is given as {group}.path={value}."
-    cards = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)gb?", value.lower()) if group == "hardware" else None
-    if cards and value.lower() not in groups[group]:
-        return f"{did_you_mean(value, groups[group])} {_other_cards(cards[1], cards[2], groups[group])}".strip()
-    return did_you_mean(value, groups[group])
+    if group != "hardware" or (cards := _cards(value)) is None:
+        return did_you_mean(value, groups[group])
+    count, gb = cards
+    if count == "0":
+        return "A plan without a GPU: hardware=cpu."
+    meant = f"{count}x{gb}gb"
+    return f"Did you mean {meant}?" if meant in groups[group] else _other_cards(count, gb, groups[group])
+
+
+def _cards(value: str) -> tuple[str, str] | None:
+    """(how many, of how many GB) a profile's name means, written as people do: 3x7gb, 4x24, 4*24GiB, 24gbx4."""
+    text = value.lower().replace(" ", "").replace("*", "x")
+    if turned := re.fullmatch(r"(\d{1,4})gi?b?x(\d{1,4})", text):
+        return turned[2], turned[1]
+    found = re.fullmatch(r"(\d{1,4})x(\d{1,4})(?:gi?b?)?", text)
+    return (found[1], found[2]) if found else None
 
 
 def _other_cards(count: str, gb: str, profiles: list[str]) -> str:
     """How cards that no profile has are asked for: by another count, or by another size."""
     if f"1x{gb}gb" in profiles:
         return f"For {count} such cards: hardware=1x{gb}gb hardware.cards={count}."
-    return f"For cards of {gb} GB: hardware=1x24gb hardware.cards={count} hardware.memory_gib={gb}."
+    return f"For {count} of {gb} GB: hardware=1x24gb hardware.cards={count} hardware.memory_gib={gb}."
 
 
 def _what_was_meant(argument: str, groups: dict[str, list[str]]) -> str:
@@ -175,6 +187,24 @@ def unquoted(override: str) -> str:
     for mark in ("'", "${"):
         value = re.sub(rf"((?:\\\\)*)\\{re.escape(mark)}", lambda found: found[1][::2] + mark, value)  # noqa: B023
     return key + sign + value
+
+
+_NOT_A = (
+    (r"Value '.*' of type '\w+' could not be converted to Integer", "is not a whole number"),
+    (r"Value '.*' of type '\w+' could not be converted to Float", "is not a number"),
+    (r"Value '.*' is not a valid bool .*", "is neither true nor false"),
+    (r"Invalid value assigned: \w+ is not a ListConfig, list or tuple\.", "is not a list: put brackets around it"),
+    (r"Invalid type assigned: \w+ is not a subclass of AdapterConfig\. .*", "is not a list of {path: FOLDER}"),
+)
+"""What OmegaConf says after KEY=VALUE -> the same for a person."""
+
+
+def in_words(text: str) -> str:
+    """One of Hydra's or OmegaConf's messages, in the words of a person where they are known."""
+    for pattern, words in _NOT_A:
+        if found := re.fullmatch(rf"(\S.*?=.*?) {pattern}", text, re.DOTALL):
+            return f"{found[1]} {words}"
+    return text
 
 
 def literal(text: str) -> str:

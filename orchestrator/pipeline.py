@@ -19,6 +19,7 @@ from orchestrator.checkpoint.folder import Checkpoint, fingerprint
 from orchestrator.config import DEFAULT_SHARD, Config, folder, parse_size
 from orchestrator.errors import StageError
 from orchestrator.hub.locate import Located
+from orchestrator.plan.disk import Need, Part, output_need, store_need
 from orchestrator.plan.types import Candidate
 from orchestrator.report.console import note, progress, size
 from orchestrator.report.merge import show_merge
@@ -68,6 +69,12 @@ class Source:
             return "embedded"
         return self.name if self.commit else self.base.path.name
 
+    @property
+    def is_here(self) -> bool:
+        """Whether all its files are on this machine; of what is on a hub only, there are no times and sizes yet."""
+        files = (self.base.path / "config.json", *self.base.files, *(f for a, _ in self.adapters for f in a.files))
+        return all(file.is_file() for file in files)
+
     def identity(self) -> dict[str, Any]:
         """What result.json says of it: the hub id and its commit, or the folder."""
         model = self.name if self.commit else str(self.base.path)
@@ -78,12 +85,10 @@ def merge_recipe(config: Config, source: Source) -> Recipe | None:
     """The recipe of the merge (or of the plain conversion) that a request needs; None where its files will do."""
     from orchestrator.stages.merge import VERSION
 
-    dtype = config.convert.dtype
-    as_it_is = dtype == "auto" and config.convert.shard_size is None
-    if not source.adapters and source.base.format == "safetensors" and as_it_is:
+    if not _is_written(config, source):
         return None
     options: dict[str, Any] = {
-        "dtype": dtype,
+        "dtype": config.convert.dtype,
         "shard_size": parse_size(config.convert.shard_size or DEFAULT_SHARD),
         "weights": [weight for _, weight in source.adapters],
     }
@@ -91,6 +96,12 @@ def merge_recipe(config: Config, source: Source) -> Recipe | None:
         options["nf4"] = {"double": config.merge.double}
     sources = (str(source.base.path), *(str(adapter.path) for adapter, _ in source.adapters))
     return Recipe("merge" if source.adapters else "convert", VERSION, options, _inputs(source), sources)
+
+
+def _is_written(config: Config, source: Source) -> bool:
+    """Whether a request needs other files than its own: safetensors that are merged, or of another type or size."""
+    as_it_is = config.convert.dtype == "auto" and config.convert.shard_size is None
+    return bool(source.adapters) or source.base.format == "bin" or not as_it_is
 
 
 def _inputs(source: Source) -> dict[str, Any]:
@@ -150,9 +161,51 @@ def merged(config: Config, source: Source, run: RunFolder) -> Model:
 
 def merged_bytes(config: Config, source: Source) -> int:
     """What the merged (or converted) weights of a request take on the disk."""
-    from orchestrator.stages.merge import merged_size
+    return sum(info.nbytes for info in loaded(config, source).tensors.values())
 
-    return merged_size(source.base, source.adapters, _dtype(config))
+
+def disk_needs(config: Config, source: Source, chosen: Candidate | None) -> tuple[Need, ...]:
+    """What a request will write: to the store, and to output.path. What is there already takes nothing.
+
+    Args:
+        chosen: None: a merge alone, without an engine's own stages.
+
+    Raises:
+        CheckpointError: what cannot be merged.
+    """
+    store = Store(folder(config.paths.artifacts))
+    model = loaded(config, source)
+    parts = [Part("for the model", merged_bytes(config, source), 0)]
+    inputs: dict[str, Any] | None = {"model": fingerprint(source.base)} if source.is_here else None
+    if is_written := _is_written(config, source):
+        recipe = merge_recipe(config, source) if source.is_here else None
+        needed = parts[0].size
+        adds = store.to_write(recipe, needed) if recipe else needed
+        parts = [Part(f"for the {'merged' if source.adapters else 'converted'} model", needed, adds)]
+        inputs = {"model": recipe.name} if recipe else None
+    for stage in BACKENDS[chosen.backend].stages if chosen is not None else ():
+        disk_part = importlib.import_module(stage.split(":")[0]).disk_part
+        parts += disk_part(config, store, model, inputs, chosen)
+    needs = (store_need(store.root, parts),)
+    if config.output.path is None or config.task.name not in ("plan", "convert"):
+        return needs
+    linked = is_written or len(parts) > 1
+    return (*needs, output_need(folder(config.output.path).resolve(), store.root, parts, linked=linked))
+
+
+def loaded(config: Config, source: Source) -> Checkpoint:
+    """What an engine, or its own conversion, will be given: the merged (or converted) model, by headers alone."""
+    from orchestrator.stages.merged import merged_checkpoint
+
+    dtype = _dtype(config)
+    return merged_checkpoint(source.base, source.adapters, dtype) if source.adapters or dtype else source.base
+
+
+def tokenizer_folder(source: Source) -> Path:
+    """Where the merged model's tokenizer comes from: the base, or an adapter that came with its own."""
+    from orchestrator.stages.merged import merged_tokenizer
+
+    return merged_tokenizer(source.base, source.adapters) if source.adapters else source.base.path
 
 
 def _verify(config: Config, source: Source, store: Store, artifact: Artifact, run: RunFolder) -> None:

@@ -66,7 +66,8 @@ class Backend:
         speed: method -> expected decode speed relative to the others (only the order matters).
         automatic: the devices on which backend=auto takes it into account.
         cache_bits: widths of the KV cache, for engines that have the key `cache.bits`.
-        stages: "module:function" of the stages that turn merged safetensors into what it loads (see pipeline).
+        stages: "module:function" of the stages that turn merged safetensors into what it loads (see pipeline); the
+            module's `disk_part` says what they write.
         dtypes: what it computes in, the automatic choice first; empty: whatever the device has.
         on_request: methods that run only where quant.method names them.
     """

@@ -160,7 +160,9 @@ def _unknown(checkpoint: Checkpoint, where: str) -> CheckpointError:
         size = sum(info.nbytes for info in checkpoint.tensors.values()) / 2**30
         known = f"its {len(checkpoint.tensors)} tensors take {size:.2f} GiB as they are stored"
         return CheckpointError(
-            f"{error.message}; {known}, what is a layer and what a cache needs is not known", error.hint
+            f"{error.message}; {known}, what is a layer and what a cache needs is not known "
+            "(task=convert merges and converts it all the same)",
+            error.hint,
         )
     raise AssertionError("the architecture is known")
 

@@ -8,7 +8,7 @@ from orchestrator.config import HardwareConfig
 from orchestrator.hardware.host import cpu_count, disk_room, host_memory
 from orchestrator.hardware.nvml import nvml_gpus
 from orchestrator.hardware.profile import capped_gpus, capped_host, chosen_gpus, profile_gpus
-from orchestrator.hardware.types import BF16, DRIVER_KEEPS, GIB, MIB, Disk, Gpu, Hardware, Holder
+from orchestrator.hardware.types import BF16, DRIVER_KEEPS, GIB, MIB, Disk, Gpu, Hardware, Holder, child_devices
 
 __all__ = [
     "BF16",
@@ -19,6 +19,7 @@ __all__ = [
     "Gpu",
     "Hardware",
     "Holder",
+    "child_devices",
     "detect",
     "host_memory",
     "nvml_gpus",

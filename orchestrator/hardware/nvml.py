@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from orchestrator.hardware.types import DRIVER_KEEPS, FOR_THE_CPU, Gpu, Holder
-from orchestrator.hardware.visible import NAME, Card, visible
+from orchestrator.hardware.visible import NAME, Card, pinned, visible
 
 DRIVER = Path("/proc/driver/nvidia/version")  # there while the kernel has the driver, with or without its library
 
@@ -42,9 +42,10 @@ class _Card:
     capability: tuple[int, int]
     instances: tuple[Any, ...] | None
     instance_uuids: tuple[str, ...]
+    old_names: tuple[str, ...]
 
     def named(self) -> Card:
-        return Card(self.uuid, None if self.instances is None else self.instance_uuids)
+        return Card(self.uuid, None if self.instances is None else self.instance_uuids, self.old_names)
 
 
 def nvml_gpus() -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
@@ -85,14 +86,15 @@ def _read(nvml: Any) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
     if not cards:
         return (), (f"{notes[0] if notes else 'the NVIDIA driver has no GPU'}{FOR_THE_CPU}",)
     cards.sort(key=lambda card: card.bus)  # as CUDA numbers them with CUDA_DEVICE_ORDER=PCI_BUS_ID
-    places, said = visible([card.named() for card in cards], os.environ.get(NAME))
+    named, value = [card.named() for card in cards], os.environ.get(NAME)
+    places, said = visible(named, value)
     notes += [*said, *_order_note(cards)]
     gpus: list[Gpu] = []
     for index, place in enumerate(places):
         card = cards[place.card]
         handle = card.handle if place.instance is None or card.instances is None else card.instances[place.instance]
         try:
-            gpus.append(_gpu(nvml, index, handle, card))
+            gpus.append(_gpu(nvml, index, handle, card, pinned(named, place, value)))
         except nvml.NVMLError as error:  # CUDA numbers it all the same
             notes.append(f"GPU {index} ({card.name}) is left out: {_meaning(nvml, error)} ({error})")
     if not gpus:
@@ -110,16 +112,25 @@ def _order_note(cards: list[_Card]) -> list[str]:
 def _card(nvml: Any, handle: Any) -> _Card:
     pci = nvml.nvmlDeviceGetPciInfo(handle)
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    instances = _instances(nvml, handle)
+    instances, uuid = _instances(nvml, handle), str(nvml.nvmlDeviceGetUUID(handle))
     return _Card(
         handle,
         (pci.domain, pci.bus, pci.device),
         str(nvml.nvmlDeviceGetName(handle)),
-        str(nvml.nvmlDeviceGetUUID(handle)),
+        uuid,
         (major, minor),
         instances,
         tuple(str(nvml.nvmlDeviceGetUUID(instance)) for instance in instances or ()),
+        tuple(_old_name(nvml, uuid, instance) for instance in instances or ()),
     )
+
+
+def _old_name(nvml: Any, uuid: str, instance: Any) -> str:
+    """As drivers before 470 name a MIG instance; "" where its numbers cannot be asked."""
+    with suppress(nvml.NVMLError):
+        numbers = nvml.nvmlDeviceGetGpuInstanceId(instance), nvml.nvmlDeviceGetComputeInstanceId(instance)
+        return f"MIG-{uuid}/{numbers[0]}/{numbers[1]}"
+    return ""
 
 
 def _instances(nvml: Any, handle: Any) -> tuple[Any, ...] | None:
@@ -137,7 +148,7 @@ def _instances(nvml: Any, handle: Any) -> tuple[Any, ...] | None:
     return tuple(found)
 
 
-def _gpu(nvml: Any, index: int, handle: Any, card: _Card) -> Gpu:
+def _gpu(nvml: Any, index: int, handle: Any, card: _Card, pin: str) -> Gpu:
     total, free, held = memory(nvml, handle)
     return Gpu(
         index,
@@ -148,6 +159,7 @@ def _gpu(nvml: Any, index: int, handle: Any, card: _Card) -> Gpu:
         str(nvml.nvmlDeviceGetUUID(handle)),
         held,
         _holders(nvml, handle),
+        pin,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ class Gpu:
         index: the engine's ("cuda:index"), after CUDA_VISIBLE_DEVICES.
         free: what this run may take: what is free there now, less the caps of the configuration.
         held: what all processes hold there, seen or not.
+        pinned: of a MIG instance, what CUDA_VISIBLE_DEVICES has to be for a child process to get it; "": as it is here.
     """
 
     index: int
@@ -46,6 +48,7 @@ class Gpu:
     uuid: str = ""
     held: int = 0
     held_by: tuple[Holder, ...] = ()
+    pinned: str = ""
 
     @property
     def capability_text(self) -> str:
@@ -63,6 +66,12 @@ class Gpu:
             "held": self.held,
             "held_by": [holder.to_json() for holder in self.held_by],
         }
+
+
+def child_devices(gpus: Iterable[Gpu]) -> dict[str, str]:
+    """What is set in the environment of a child process so that it sees the same devices as this one."""
+    pins = [gpu.pinned for gpu in gpus if gpu.pinned]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(pins)} if pins else {}
 
 
 @dataclass(frozen=True)

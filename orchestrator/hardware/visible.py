@@ -13,10 +13,16 @@ _NUMBER = re.compile(r"\+?[0-9]{1,9}")  # CUDA reads a number as far as it goes:
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as it can be named. `instances`: the UUIDs of its MIG instances; None where MIG is off."""
+    """A GPU as it can be named.
+
+    Attributes:
+        instances: the UUIDs of its MIG instances; None where MIG is off.
+        old_names: of the same instances, as drivers before 470 knew them: MIG-GPU-<uuid>/<GPU instance>/<compute one>.
+    """
 
     uuid: str
     instances: tuple[str, ...] | None = None
+    old_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,21 @@ def visible(cards: Sequence[Card], value: str | None) -> tuple[list[Place], tupl
         # NVIDIA's MIG guide: a process gets one instance, and no whole GPU beside one.
         return split_places[:1], (*notes, "CUDA gives a process one MIG instance only: the first is planned for")
     return places, notes
+
+
+def pinned(cards: Sequence[Card], place: Place, value: str | None) -> str:
+    """What CUDA_VISIBLE_DEVICES has to be for a child process to get a MIG instance; "" where it is as it is here.
+
+    A number names a card, and only its first instance; of several entries CUDA takes one; and a driver that has UUIDs
+    need not know the names of old. The UUID says which it is. (Where it is clear, nothing is changed: vLLM up to 0.26
+    reads numbers only.)
+    """
+    instances = cards[place.card].instances
+    if place.instance is None or instances is None:
+        return ""
+    uuid = instances[place.instance]
+    clear = place == Place(0, 0) if value is None else "," not in value and ("/" not in value or value.strip() == uuid)
+    return "" if clear else uuid
 
 
 def _listed(cards: Sequence[Card], value: str) -> tuple[list[Place], tuple[str, ...]]:
@@ -78,12 +99,10 @@ def _find(cards: Sequence[Card], key: str | int | None, kind: str) -> Place | No
         return None if key is None else _whole(cards, key)
     found: list[Place | None]
     if kind == "MIG-":
-        found = [
-            Place(i, j)
-            for i, card in enumerate(cards)
-            for j, uuid in enumerate(card.instances or ())
-            if uuid.startswith(key)
-        ]
+        named = [(Place(i, j), uuid) for i, card in enumerate(cards) for j, uuid in enumerate(card.instances or ())]
+        named += [(Place(i, j), name) for i, card in enumerate(cards) for j, name in enumerate(card.old_names)]
+        whole = {place for place, name in named if name == key}  # .../1/1 is the beginning of .../1/10, too
+        found = list(whole or {place for place, name in named if name.startswith(key) and "/" not in key})
     else:
         found = [_whole(cards, i) for i, card in enumerate(cards) if card.uuid.startswith(key)]
     return found[0] if len(found) == 1 else None

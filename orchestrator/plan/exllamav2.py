@@ -117,21 +117,27 @@ def _split(value: Any, hardware: Hardware) -> tuple[float, ...]:
     """parallel.gpu_split as GiB per GPU; empty for "auto"."""
     if value == "auto":
         return ()
-    if (
-        not isinstance(value, list | tuple)
-        or not value
-        or not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < math.inf for x in value)
-        or not any(value)
-    ):
+    if not isinstance(value, list | tuple) or not value or not all(_is_size(x) for x in value):
         raise ConfigError(
             f"parallel.gpu_split={value} is neither auto nor a list of GiB", "Type: 'parallel.gpu_split=[22,24]'"
         )
-    if len(value) > len(hardware.gpus):
+    if min(value) < 0 or not any(value):
+        what = "a GPU cannot take less than 0 GiB" if any(value) else "no GPU gets any"
         raise ConfigError(
-            f"parallel.gpu_split={list(value)} is for {len(value)} GPUs, and there are {len(hardware.gpus)}",
-            "Give one number of GiB for each GPU.",
+            f"parallel.gpu_split={list(value)}: {what}",
+            "Give each GPU its GiB, 0 for one that is to get none.",
+        )
+    if len(value) > len(hardware.gpus):
+        there = "there is 1" if len(hardware.gpus) == 1 else f"there are {len(hardware.gpus)}"
+        raise ConfigError(
+            f"parallel.gpu_split={list(value)} is for {len(value)} GPUs, and {there}",
+            f"Give {len(hardware.gpus)} numbers of GiB or fewer, one for each GPU.",
         )
     return tuple(float(x) for x in value)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, settings: _Settings, context: int) -> Candidate:
@@ -200,16 +206,18 @@ def _by_hand(
     left = [size * GIB - once for size in split]
     scratch, reserved = [0] * len(split), [0] * len(split)
     at = 0
-    for part in parts:
+    for number, part in enumerate(parts):
         while True:
             wants, fixed_attention = max(part.scratch, scratch[at]), attention if part.cached else reserved[at]
             if part.footprint + wants + fixed_attention <= left[at]:
                 break
             if at == len(split) - 1:
-                total = sum(p.footprint for p in parts)
+                weights, rest = (sum(p.footprint for p in some) for some in (parts, parts[number:]))
+                missing = math.ceil((rest + wants + fixed_attention - left[at]) / GIB * 100) / 100
                 return [
                     f"parallel.gpu_split={[float(f'{s:g}') for s in split]} has no room for the weights "
-                    f"({total / GIB:.2f} GiB) and the scratch of each GPU"
+                    f"({weights / GIB:.2f} GiB) and the scratch of each GPU: {missing:.2f} GiB are "
+                    "missing"
                 ]
             at += 1
         scratch[at], reserved[at] = wants, fixed_attention

@@ -30,8 +30,9 @@ from orchestrator.checkpoint.trust import shown
 from orchestrator.config import Config, folder
 from orchestrator.engine.interpreters import require
 from orchestrator.errors import ConfigError, EngineUnavailableError
-from orchestrator.hardware import nvml_gpus
+from orchestrator.hardware import child_devices, nvml_gpus
 from orchestrator.pipeline import Model
+from orchestrator.plan.disk import Part
 from orchestrator.plan.exl2_sizes import head_file_bytes, pad32
 from orchestrator.plan.types import Candidate
 from orchestrator.report.console import note, size, steps
@@ -84,14 +85,7 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
         return model
     length = _length(config, source)
     store = Store(folder(config.paths.artifacts))
-    inputs = _inputs(model, source)
-    measurement = _measurement_recipe(config, inputs, length)
-    recipe = Recipe(
-        "exl2",
-        VERSION,
-        {"bits": chosen.bits, "head_bits": config.quant.head_bits or _HEAD_BITS},
-        inputs | {"measurement": measurement.name if measurement else _file_input(config.quant.measurement)},
-    )
+    measurement, recipe = _recipes(config, _inputs(model, source), length, chosen.bits)
     made: list[tuple[Artifact, bool]] = []
     if store.find(recipe) is None:
         # Only now: a model that is there needs neither the converter nor a GPU.
@@ -100,12 +94,48 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
             raise EngineUnavailableError("the conversion to EXL2 needs a CUDA GPU, and there is none here")
         work = _Work(config, source, chosen, run, python, length)
         measured = _measured(store, work, measurement, made)
-        made.append(_build(store, recipe, lambda out: _quantize(work, out, measured), _model_bytes(work), work))
+        _, needed = _model_bytes(source, chosen.bits, work.head_bits)
+        needed += _states_bytes(config, source, length, "quantize")
+        made.append(_build(store, recipe, lambda out: _quantize(work, out, measured), needed, work))
     else:
         made.append(_build(store, recipe, _never, 0, None))
     artifacts = tuple(artifact for artifact, _ in made)
     built = tuple(artifact.name for artifact, now in made if now)
     return Model(artifacts[-1].path, (*model.artifacts, *artifacts), (*model.built, *built))
+
+
+def disk_part(
+    config: Config, store: Store, source: Checkpoint, inputs: dict[str, Any] | None, chosen: Candidate
+) -> list[Part]:
+    """What the stage will write, the measurement's own folder included.
+
+    Args:
+        source: the model that it will be given, by headers.
+        inputs: the recipe's; None where they are not on this machine yet.
+    """
+    if chosen.method != "exl2":
+        return []
+    try:
+        length = _length(config, source)
+    except ConfigError:  # refused when it is begun: a plan may be about other engines too
+        return []
+    head_bits = config.quant.head_bits or _HEAD_BITS
+    final, most = _model_bytes(source, chosen.bits, head_bits)
+    adds = most + _states_bytes(config, source, length, "quantize")
+    measuring = _states_bytes(config, source, length, "measure")
+    if inputs is not None:
+        measurement, recipe = _recipes(config, inputs, length, chosen.bits)
+        adds = store.to_write(recipe, adds)
+        measuring = store.to_write(measurement, measuring) if adds and measurement else 0
+    return [Part("of EXL2", final, max(adds, measuring))]
+
+
+def _recipes(config: Config, inputs: dict[str, Any], length: int, bits: float) -> tuple[Recipe | None, Recipe]:
+    """Of the measurement (None where the user gave one) and of the model."""
+    measurement = _measurement_recipe(config, inputs, length)
+    measured = measurement.name if measurement else _file_input(config.quant.measurement)
+    options = {"bits": bits, "head_bits": config.quant.head_bits or _HEAD_BITS}
+    return measurement, Recipe("exl2", VERSION, options, inputs | {"measurement": measured})
 
 
 def _check_rope(source: Checkpoint) -> None:
@@ -162,7 +192,15 @@ def _measured(store: Store, work: _Work, recipe: Recipe | None, made: list[tuple
         except NotWhole as error:
             raise ConfigError(f"quant.measurement={path} is not of this model: it {error}") from None
         return path
-    made.append(_build(store, recipe, lambda out: _measure(work, out), _states_bytes(work, "measure"), work))
+    made.append(
+        _build(
+            store,
+            recipe,
+            lambda out: _measure(work, out),
+            _states_bytes(work.config, work.source, work.length, "measure"),
+            work,
+        )
+    )
     return made[-1][0].path / "measurement.json"
 
 
@@ -303,6 +341,7 @@ class _Job:
             note(f"{title}: going on where an earlier run stopped ({state})")
         gpus = [gpu for gpu in work.chosen.gpus if gpu.device.startswith("cuda:")]
         capped = work.config.hardware.memory_gib is not None
+        environ = os.environ | child_devices(nvml_gpus()[0])
         with _progress(work.run, title) as show:
             return convert(
                 work.python,
@@ -312,7 +351,7 @@ class _Job:
                 show,
                 env={
                     "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
-                    "CUDA_VISIBLE_DEVICES": visible_devices([gpu.device for gpu in gpus], os.environ),
+                    "CUDA_VISIBLE_DEVICES": visible_devices([gpu.device for gpu in gpus], environ),
                     "HF_HUB_OFFLINE": "1",
                 },
                 limits=[gpu.capacity for gpu in gpus] if capped else (),
@@ -346,18 +385,18 @@ def _progress(run: RunFolder, title: str) -> Iterator[Callable[[str, float], Non
         yield on_status
 
 
-def _states_bytes(work: _Work, what: str) -> int:
+def _states_bytes(config: Config, source: Checkpoint, length: int, what: str) -> int:
     """The hidden states of the calibration rows on the disk, twice while they are replaced, and the rest."""
-    asked = work.config.quant.calibration.rows
-    rows = _ROWS[what] if work.config.quant.calibration.file is None else (asked or _FILE_ROWS)
-    hidden = next(iter(Linears.of(work.source).layers.values()))[1]
-    return 2 * rows * work.length * hidden * 2 + 2**24
+    asked = config.quant.calibration.rows
+    rows = _ROWS[what] if config.quant.calibration.file is None else (asked or _FILE_ROWS)
+    hidden = next(iter(Linears.of(source).layers.values()))[1]
+    return 2 * rows * length * hidden * 2 + 2**24
 
 
-def _model_bytes(work: _Work) -> int:
-    """The finished model, once in pieces and once whole, and the hidden states."""
-    linears = Linears.of(work.source)
-    layers = math.ceil(sum(pad32(out) * rows for out, rows in linears.layers.values()) * work.chosen.bits / 8)
+def _model_bytes(source: Checkpoint, bits: float, head_bits: int) -> tuple[int, int]:
+    """(of the finished model, of that once in pieces and once whole)."""
+    linears = Linears.of(source)
+    layers = math.ceil(sum(pad32(out) * rows for out, rows in linears.layers.values()) * bits / 8)
     vocab, hidden = linears.head
-    head = head_file_bytes(hidden, pad32(vocab), work.head_bits)
-    return 2 * (layers + head) + 2 * vocab * hidden + _states_bytes(work, "quantize")
+    head = head_file_bytes(hidden, pad32(vocab), head_bits)
+    return layers + head + 2 * vocab * hidden, 2 * (layers + head) + 2 * vocab * hidden

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,11 @@ from orchestrator.checkpoint.carry import carry_over
 from orchestrator.checkpoint.digest import digest
 from orchestrator.checkpoint.folder import Checkpoint, fingerprint
 from orchestrator.checkpoint.spec import main_dtype
-from orchestrator.checkpoint.tensors import DTYPES, PLAIN_FLOATS
-from orchestrator.checkpoint.tied import tied_pair
+from orchestrator.checkpoint.tensors import DTYPES
 from orchestrator.checkpoint.trust import shown
 from orchestrator.checkpoint.writer import Shard, ShardWriter, plan_shards, write_index, write_text
-from orchestrator.errors import CheckpointError, ConfigError, StageError
-from orchestrator.stages.merge_plan import MergePlan, Output, grown, plan_merge
+from orchestrator.errors import CheckpointError, StageError
+from orchestrator.stages.merge_plan import MergePlan, Output, check_dtype, plan_merge, written_dtype
 from orchestrator.stages.nf4 import Nf4, check_available
 from orchestrator.stages.pieces import Tally, in_order, keep_memory_flat, pieces, thread_count, work
 
@@ -40,13 +39,9 @@ VERSION = "2"
 
 REPORT_NAME = "merge-report.json"
 
-WRITTEN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""convert.dtype -> safetensors' name."""
-
 Progress = Callable[[int, int, str], None]
 """Called with (bytes done, bytes in all, name of the tensor that is done)."""
 
-_NEVER_CAST = ("rotary_emb.inv_freq",)
 _SPACE = (errno.ENOSPC, errno.EDQUOT)
 _GIB = 2**30
 
@@ -98,7 +93,7 @@ def merge(
     if nf4 is not None:
         check_available()
     plan = plan_merge(base, adapters, nf4)
-    _check_dtype(base, dtype)
+    check_dtype(base, dtype)
     shards = plan_shards(_layout(plan, dtype), shard_size)
     outputs = {output.name: output for output in plan.outputs}
     computes = bool(adapters) or dtype is not None
@@ -130,41 +125,6 @@ def merge(
     except OSError as error:
         raise _disk_error(error, out, shards) from error
     return report | {"kept": [record["name"] for record in records if record["kept"]]}
-
-
-def merged_size(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], dtype: str | None) -> int:
-    """Bytes that the merged weights will take on the disk, headers aside. No data are read, no torch.
-
-    Tied heads are counted as stored, unless they share their storage with the embedding.
-    """
-    pair = tied_pair(base)
-    skip = pair[0].name if pair and pair[0].shares_all(pair[1]) else None
-    infos = (info for info in base.tensors.values() if info.name != skip)
-    kept = sum(info.parameters * DTYPES[written_dtype(Output(info.name, info), dtype)].size for info in infos)
-    added = grown(base, [adapter for adapter, _ in adapters])
-    return kept + added * DTYPES[WRITTEN.get(dtype or "") or main_dtype(base.tensors.values()) or "F32"].size
-
-
-def _check_dtype(base: Checkpoint, dtype: str | None) -> None:
-    if dtype is None:
-        return
-    if dtype not in WRITTEN:
-        raise ConfigError(f"convert.dtype={dtype} is not one of {', '.join(WRITTEN)}")
-    packed = base.config.get("quantization_config") is not None
-    if packed or any(DTYPES[t.dtype].floating and t.dtype not in PLAIN_FLOATS for t in base.tensors.values()):
-        raise CheckpointError(
-            f"{shown(base.path, 400)} is quantized: its weights cannot be written as {dtype}",
-            "Leave convert.dtype out, or give the original 16-bit model.",
-        )
-
-
-def written_dtype(output: Output, dtype: str | None) -> str:
-    """The type that an output is written as, where `dtype` was asked for (None: as the base has it)."""
-    info = output.replaced or output.source  # an adapter's own tensors are often float32: the base decides
-    kept = output.dtype or info.dtype
-    if dtype is None or kept not in PLAIN_FLOATS or output.name.endswith(_NEVER_CAST):
-        return kept
-    return WRITTEN[dtype]
 
 
 def _layout(plan: MergePlan, dtype: str | None) -> list[tuple[str, str, tuple[int, ...]]]:

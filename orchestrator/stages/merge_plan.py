@@ -1,7 +1,7 @@
 """What a merge will write: for every tensor of the result, where its values come from and what is added."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,17 @@ from orchestrator.checkpoint.adapter import Adapter, check_values
 from orchestrator.checkpoint.adapter_match import targets
 from orchestrator.checkpoint.adapter_targets import LoraTarget, ReplaceTarget, RowsTarget, Target
 from orchestrator.checkpoint.folder import Checkpoint
-from orchestrator.checkpoint.tensors import TensorInfo
-from orchestrator.checkpoint.tied import vocabulary_of
+from orchestrator.checkpoint.tensors import DTYPES, PLAIN_FLOATS, TensorInfo
+from orchestrator.checkpoint.tied import same_data, superfluous_head, vocabulary_of
 from orchestrator.checkpoint.trust import shown
-from orchestrator.errors import CheckpointError
-from orchestrator.stages.merge_vocabulary import Changes, decide_tie, decide_tokenizer, resized
+from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.stages.merge_vocabulary import Changes, Same, Tie, decide_tie, decide_tokenizer, resized
 from orchestrator.stages.nf4 import Nf4
+
+WRITTEN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""convert.dtype -> safetensors' name."""
+
+_NEVER_CAST = ("rotary_emb.inv_freq",)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,46 @@ class MergePlan:
     tokenizer: Path | None = None
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The result's tensors, as far as they can be told without looking at values.
+
+    Attributes:
+        changes: what the adapters do to the base's tensors.
+        rows: of the vocabulary, where they are not the base's; else None.
+    """
+
+    changes: Changes
+    tie: Tie
+    outputs: tuple[Output, ...]
+    rows: int | None
+
+
+def lay_out(
+    base: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    stored_head: str | None,
+    same: Same,
+) -> Layout:
+    """Which tensors a merge writes, from headers; all that may look at data is `same`.
+
+    Args:
+        stored_head: the name of a tied head that the base stores beside its embedding; None where it does not.
+
+    Raises:
+        CheckpointError: inputs that cannot be merged.
+    """
+    changes = _changes(base, adapters)
+    tie = decide_tie(base, changes, stored_head, same)
+    sources = {name: info for name, info in base.tensors.items() if name not in tie.dropped} | tie.added
+    shared = {vocabulary_of(base).embedding: tie.same}
+    outputs = tuple(
+        _output(name, info, tie.changes.get(name, []), shared.get(name, ())) for name, info in sources.items()
+    )
+    rows = resized(base, {output.name: output.source for output in outputs})
+    return Layout(changes, tie, outputs, rows)
+
+
 def plan_merge(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], nf4: Nf4 | None = None) -> MergePlan:
     """What merging `adapters`, each with its weight, into `base` will write. Adapters' values are looked at.
 
@@ -75,19 +120,38 @@ def plan_merge(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], nf4:
         CheckpointError: inputs that cannot be merged (see `adapter_match.targets`), or tensors of theirs that are
             not finite.
     """
-    changes = _changes(base, adapters)
-    tie = decide_tie(base, changes)
-    sources = {name: info for name, info in base.tensors.items() if name not in tie.dropped} | tie.added
-    shared = {vocabulary_of(base).embedding: tie.same}
-    outputs = tuple(
-        _output(name, info, tie.changes.get(name, []), shared.get(name, ())) for name, info in sources.items()
-    )
-    rows = resized(base, {output.name: output.source for output in outputs})
-    chosen = decide_tokenizer(base, [adapter for adapter, _ in adapters], changes, rows)
+    found = lay_out(base, adapters, superfluous_head(base), same_data)
+    for adapter, _ in adapters:
+        check_values(adapter)
+    tie, outputs = found.tie, found.outputs
+    chosen = decide_tokenizer(base, [adapter for adapter, _ in adapters], found.changes, found.rows)
     notes = (*base.notes, *(note for adapter, _ in adapters for note in adapter.notes), *tie.notes, *chosen.notes)
     if nf4 is not None:
         outputs = tuple(_through(output, nf4) for output in outputs)
     return MergePlan(outputs, tie.config | chosen.config, tie.dropped, notes, chosen.folder)
+
+
+def check_dtype(base: Checkpoint, dtype: str | None) -> None:
+    """Refuses a convert.dtype (None: as the base has it) that is none, or that packed weights cannot be written as."""
+    if dtype is None:
+        return
+    if dtype not in WRITTEN:
+        raise ConfigError(f"convert.dtype={dtype} is not one of {', '.join(WRITTEN)}")
+    packed = base.config.get("quantization_config") is not None
+    if packed or any(DTYPES[t.dtype].floating and t.dtype not in PLAIN_FLOATS for t in base.tensors.values()):
+        raise CheckpointError(
+            f"{shown(base.path, 400)} is quantized: its weights cannot be written as {dtype}",
+            "Leave convert.dtype out, or give the original 16-bit model.",
+        )
+
+
+def written_dtype(output: Output, dtype: str | None) -> str:
+    """The type that an output is written as, where `dtype` was asked for (None: as the base has it)."""
+    info = output.replaced or output.source  # an adapter's own tensors are often float32: the base decides
+    kept = output.dtype or info.dtype
+    if dtype is None or kept not in PLAIN_FLOATS or output.name.endswith(_NEVER_CAST):
+        return kept
+    return WRITTEN[dtype]
 
 
 def _through(output: Output, nf4: Nf4) -> Output:
@@ -98,27 +162,6 @@ def _through(output: Output, nf4: Nf4) -> Output:
             f"{shown(output.name)} is stored as (in, out), which merge.base=nf4 is not for", "Set merge.base=original."
         )
     return replace(output, nf4=nf4)
-
-
-def grown(base: Checkpoint, adapters: Iterable[Adapter]) -> int:
-    """Elements that adapters add to a base at most: rows of a vocabulary, a head that was tied. From headers."""
-    names = vocabulary_of(base)
-    hidden_head = names.head if names.tied and names.head not in base.tensors else ""
-    added = 0
-    for adapter in adapters:
-        found = targets(adapter, base)
-        saved = {name: t for name, several in found.items() for t in several if isinstance(t, ReplaceTarget)}
-        for name, target in saved.items():
-            there = base.tensors.get(name) or base.tensors[names.embedding]
-            added += target.value.parameters - there.parameters
-        if hidden_head and (hidden_head in found or _of_one(found.get(names.embedding, ()))):
-            added += base.tensors[names.embedding].parameters
-    return added
-
-
-def _of_one(several: Sequence[Target]) -> bool:
-    """Whether changes of an embedding may be its own, so that a head that was tied to it is written as well."""
-    return any(isinstance(target, ReplaceTarget | LoraTarget) for target in several)
 
 
 def _output(name: str, info: TensorInfo, changes: list[tuple[float, Target]], shared: tuple[str, ...]) -> Output:
@@ -135,7 +178,6 @@ def _changes(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> Cha
     changes: Changes = {}
     for adapter, weight in adapters:
         found = targets(adapter, base)
-        check_values(adapter)
         where = shown(adapter.path, 400)
         for name, several in found.items():
             for target in several:

@@ -1,6 +1,6 @@
 """A merge's embedding and head: whether they stay one tensor, how many rows they get, whose tokenizer they need."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,16 @@ from orchestrator.checkpoint.adapter_targets import LoraTarget, ReplaceTarget, R
 from orchestrator.checkpoint.architectures import text_config
 from orchestrator.checkpoint.folder import Checkpoint
 from orchestrator.checkpoint.tensors import TensorInfo
-from orchestrator.checkpoint.tied import same_data, superfluous_head, vocabulary_of
+from orchestrator.checkpoint.tied import vocabulary_of
 from orchestrator.checkpoint.tokenizer import chat_template, has_tokenizer, token_count
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
 
 Changes = dict[str, list[tuple[float, Target]]]
 """Base tensor -> what each adapter, with its weight, does to it."""
+
+Same = Callable[[TensorInfo, TensorInfo], bool]
+"""Whether two tensors of adapters hold the same."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,20 @@ class Tokenizer:
     notes: tuple[str, ...] = ()
 
 
-def decide_tie(base: Checkpoint, changes: Changes) -> Tie:
+def decide_tie(base: Checkpoint, changes: Changes, stored: str | None, same: Same) -> Tie:
     """Whether a tied head stays tied: it does unless the adapters leave it other than the embedding.
 
     Trained rows are shared by both. A LoRA on one of them, and a copy that was trained on its own (modules_to_save),
     belonged to that one only in training: then both are written. (PEFT's merge_and_unload adds a LoRA to the tensor
     that both share, which is another model than the one that was trained.)
 
+    Args:
+        stored: the name of a tied head that the base stores beside the same embedding; None where it does not.
+
     Raises:
-        CheckpointError: a stored head that differs from the embedding to which config.json ties it, or trained
-            rows of both together with another change of the head.
+        CheckpointError: trained rows of both together with another change of the head.
     """
     names = vocabulary_of(base)
-    stored = superfluous_head(base)
     if not names.tied:
         return Tie(changes)
     dropped = (stored,) if stored else ()
@@ -69,7 +73,7 @@ def decide_tie(base: Checkpoint, changes: Changes) -> Tie:
         isinstance(target, LoraTarget) or (isinstance(target, ReplaceTarget) and target.own)
         for _, target in of_embedding
     )
-    if of_head and _same_changes(of_embedding, of_head):
+    if of_head and _same_changes(of_embedding, of_head, same):
         left = {name: found for name, found in changes.items() if name != names.head}
         note = f"the adapter changes {names.head} as it does {names.embedding}: they stay one"
         return Tie(left, tuple(name for _, target in of_head for name in target.consumed), dropped, notes=(note,))
@@ -94,9 +98,9 @@ def _trains_rows(changes: Sequence[tuple[float, Target]]) -> bool:
     return any(isinstance(target, RowsTarget) for _, target in changes)
 
 
-def _same_changes(one: Sequence[tuple[float, Target]], other: Sequence[tuple[float, Target]]) -> bool:
+def _same_changes(one: Sequence[tuple[float, Target]], other: Sequence[tuple[float, Target]], same: Same) -> bool:
     return len(one) == len(other) and all(
-        first[0] == second[0] and _same(first[1], second[1])
+        first[0] == second[0] and _same(first[1], second[1], same)
         for first, second in zip(_in_order(one), _in_order(other), strict=True)
     )
 
@@ -105,15 +109,15 @@ def _in_order(changes: Sequence[tuple[float, Target]]) -> list[tuple[float, Targ
     return sorted(changes, key=lambda change: type(change[1]).__name__)
 
 
-def _same(one: Target, other: Target) -> bool:
+def _same(one: Target, other: Target, same: Same) -> bool:
     if isinstance(one, ReplaceTarget) and isinstance(other, ReplaceTarget):
-        return same_data(one.value, other.value)
+        return same(one.value, other.value)
     if isinstance(one, RowsTarget) and isinstance(other, RowsTarget):
-        return one.rows == other.rows and same_data(one.value, other.value)
+        return one.rows == other.rows and same(one.value, other.value)
     if isinstance(one, LoraTarget) and isinstance(other, LoraTarget) and not (one.magnitude or other.magnitude):
         # (B@A)^T = A^T@B^T: a head that shares an embedding's LoRA (ensure_weight_tying) has its factors swapped.
         a, b = (_turned(one.b), _turned(one.a)) if one.transposed != other.transposed else (one.a, one.b)
-        return one.scale == other.scale and same_data(a, other.a) and same_data(b, other.b)
+        return one.scale == other.scale and same(a, other.a) and same(b, other.b)
     return False
 
 
@@ -151,6 +155,13 @@ def resized(base: Checkpoint, written: Mapping[str, TensorInfo]) -> int | None:
     return rows[names.embedding]
 
 
+def resized_config(base: Checkpoint, rows: int | None) -> tuple[dict[str, Any], list[str]]:
+    """The keys of config.json that change where the vocabulary gets other rows, and a note."""
+    if rows is None:
+        return {}, []
+    return _everywhere(base, "vocab_size", rows), [f"the adapter resized the vocabulary to {rows} rows"]
+
+
 def decide_tokenizer(base: Checkpoint, adapters: Sequence[Adapter], changes: Changes, rows: int | None) -> Tokenizer:
     """The tokenizer that fits the vocabulary: the adapter's where it resized that or trained rows of it.
 
@@ -173,8 +184,7 @@ def decide_tokenizer(base: Checkpoint, adapters: Sequence[Adapter], changes: Cha
             f"{shown(folder, 400)}: its tokenizer has {count} tokens, the merged embedding has {there} rows",
             "Save the adapter with the embedding that it was trained with (save_embedding_layers=True).",
         )
-    config = _everywhere(base, "vocab_size", rows) if rows else {}
-    notes = [f"the adapter resized the vocabulary to {rows} rows"] if rows else []
+    config, notes = resized_config(base, rows)
     if folders:
         notes.append(f"the tokenizer is the adapter's: {shown(folder, 400)}")
     elif rows:

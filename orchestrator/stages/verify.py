@@ -14,8 +14,7 @@ from orchestrator.checkpoint.reader import read_words
 from orchestrator.checkpoint.tensors import TensorInfo
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import StageError
-from orchestrator.stages.merge import written_dtype
-from orchestrator.stages.merge_plan import Output, plan_merge
+from orchestrator.stages.merge_plan import Output, plan_merge, written_dtype
 from orchestrator.stages.nf4 import Nf4
 from orchestrator.stages.pieces import Piece, pieces, work
 

@@ -10,17 +10,18 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.artifacts import MANIFEST, kept
 from orchestrator.backends.table import BACKENDS
 from orchestrator.config import Config, folder
-from orchestrator.errors import ConfigError, DoesNotFitError, RequestError
-from orchestrator.pipeline import Model, Source, merged, merged_bytes, prepare
-from orchestrator.report.console import note, size
+from orchestrator.errors import ConfigError, RequestError
+from orchestrator.pipeline import Model, Source, disk_needs, merged, prepare
+from orchestrator.plan.disk import existing, must_have_room
+from orchestrator.report.console import note
 from orchestrator.runfolder import RunFolder
-from orchestrator.tasks.session import Planned, bring, look
+from orchestrator.tasks.session import bring, has_room, look
 
 _SUFFIX = ".unfinished"  # of the hidden folder in which an output is made
 _ANOTHER = "Name a new folder, or remove what is in it."
@@ -38,12 +39,8 @@ def convert(config: Config, run: RunFolder) -> None:
     if output is not None:
         _check_output(output)
 
-    def check(source: Source) -> None:
-        if output is not None:
-            _check_room(output, folder(config.paths.artifacts), merged_bytes(config, source))
-
     with kept():  # from a prune, until it is linked or copied
-        source, model = (_quantized if _is_planned(config) else _merged)(config, run, check)
+        source, model = (_quantized if _is_planned(config) else _merged)(config, run)
         if output is not None:
             export(model, output)
             note(f"finished model: {output}")
@@ -70,22 +67,21 @@ def _is_planned(config: Config) -> bool:
     return bool(asked) or config.quant.bits is not None or config.quant.method != "auto"
 
 
-def _merged(config: Config, run: RunFolder, check: Callable[[Source], None]) -> tuple[Source, Model]:
+def _merged(config: Config, run: RunFolder) -> tuple[Source, Model]:
     """The merged (or converted) model, of any architecture."""
+
+    def check(source: Source) -> None:
+        must_have_room(disk_needs(config, source, None))
+
     config, source = bring(config, check)
     check(source)
     return source, merged(config, source, run)
 
 
-def _quantized(config: Config, run: RunFolder, check: Callable[[Source], None]) -> tuple[Source, Model]:
+def _quantized(config: Config, run: RunFolder) -> tuple[Source, Model]:
     """What the engine that the plan chooses would load. For another machine, maybe: it need not fit here."""
-
-    def check_merged(planned: Planned) -> None:
-        if not BACKENDS[planned.plan.chosen.backend].stages:  # what an engine writes is smaller than the merged model
-            check(planned.source)
-
-    planned = look(config, planning=True, check=check_merged)
-    check_merged(planned)
+    planned = look(config, planning=True, check=has_room)
+    has_room(planned)
     chosen = planned.plan.chosen
     if not BACKENDS[chosen.backend].stages and chosen.bits < 16:
         note(
@@ -98,7 +94,7 @@ def _quantized(config: Config, run: RunFolder, check: Callable[[Source], None]) 
 def _check_output(output: Path) -> None:
     """Refuses what cannot be written, before anything long."""
     try:
-        if not (there := _existing(output)).is_dir():
+        if not (there := existing(output)).is_dir():
             which = "" if there == output else f": {there}"
             raise ConfigError(f"output.path={output}{which} is a file", "Name a folder.")
         if output.is_dir() and any(output.iterdir()):
@@ -108,23 +104,6 @@ def _check_output(output: Path) -> None:
             pass
     except OSError as error:
         raise RequestError(f"output.path={output}: {error.strerror}") from None
-
-
-def _check_room(output: Path, store: Path, needed: int) -> None:
-    """Refuses a result that would have to be copied to another disk, and has no room there."""
-    there = _existing(output)
-    free = shutil.disk_usage(there).free
-    if there.stat().st_dev != _existing(store).stat().st_dev and needed > free:
-        raise DoesNotFitError(
-            f"the disk of output.path={output} has {size(free)} free and the result takes {size(needed)}, "
-            "which is made in the artifact store and copied there",
-            "Free some, or put both on one disk (paths.artifacts=FOLDER): then it takes the space once.",
-        )
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above that is there."""
-    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 @contextlib.contextmanager

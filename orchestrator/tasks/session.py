@@ -26,9 +26,10 @@ from orchestrator.engine.handle import EngineProcess
 from orchestrator.engine.memory import MemoryWatch
 from orchestrator.engine.wire import Ready
 from orchestrator.errors import RequestError
-from orchestrator.hardware import Hardware, detect
+from orchestrator.hardware import Hardware, child_devices, detect
 from orchestrator.hub.locate import ADAPTER, MODEL, Located, NoPartsError, locate
-from orchestrator.pipeline import Model, Source, is_built, prepare, versions
+from orchestrator.pipeline import Model, Source, disk_needs, is_built, loaded, prepare, tokenizer_folder, versions
+from orchestrator.plan.disk import Need, must_have_room
 from orchestrator.plan.planner import make_plan, must_fit, runnable
 from orchestrator.plan.ranking import why
 from orchestrator.plan.types import Candidate, Plan
@@ -55,10 +56,14 @@ class Planned:
     spec: ModelSpec
     hardware: Hardware
     plan: Plan
+    disk: tuple[Need, ...]  # what the chosen candidate writes to the store, and to output.path
+    elsewhere: bool  # the hardware is another machine's
 
     def to_json(self) -> dict[str, Any]:
-        """What plan.json says: the plan, and of which model and which adapters it is."""
-        return self.source.identity() | self.plan.to_json()
+        """What plan.json says: the plan, of which model and which adapters it is, and what it writes to the disk."""
+        store, *output = (need.to_json() for need in self.disk)
+        disk = {"disk_needed": store, "output_needed": output[0] if output else None}
+        return self.source.identity() | self.plan.to_json() | disk
 
 
 @dataclass(frozen=True)
@@ -180,13 +185,24 @@ def fits(planned: Planned) -> None:
     must_fit(planned.plan, planned.config, planned.spec, planned.hardware)
 
 
+def has_room(planned: Planned) -> None:
+    """Raises DoesNotFitError unless the disk has room for what has to be written."""
+    must_have_room(planned.disk)
+
+
+def can_run(planned: Planned) -> None:
+    """Raises DoesNotFitError unless the plan fits, and what it writes does too."""
+    fits(planned)
+    has_room(planned)
+
+
 def look(
     config: Config,
     *,
     planning: bool,
     download: bool = True,
     bare: bool = False,
-    check: Callable[[Planned], None] = fits,
+    check: Callable[[Planned], None] = can_run,
 ) -> Planned:
     """Reads the headers and the machine, and plans. Neither torch nor a GPU is needed.
 
@@ -237,14 +253,15 @@ def _brought(config: Config, places: Places, planning: bool, check: Callable[[Pl
 def _planned(config: Config, places: Places, planning: bool, *, bare: bool = False) -> Planned:
     asked = config
     config, source = open_source(asked, places, bare=bare)
-    spec = model_spec(source.base)
+    spec = model_spec(loaded(config, source))
     if not (planning or places.remote):
-        check_tokenizer(source.base.path)
+        check_tokenizer(tokenizer_folder(source))
     hardware = detect(config.hardware, planning=planning, artifacts=folder(config.paths.artifacts))
     plan = make_plan(config, spec, hardware)
     if config is not asked:
         plan = replace(plan, notes=(*plan.notes, EMBEDDED_NOTE))
-    return Planned(config, source, spec, hardware, plan)
+    elsewhere = planning and config.hardware.cards is not None
+    return Planned(config, source, spec, hardware, plan, disk_needs(config, source, plan.chosen), elsewhere)
 
 
 def find_places(config: Config, *, latest: bool) -> Places:
@@ -321,6 +338,9 @@ def show_plan(planned: Planned, chosen: Candidate) -> None:
         note(f"chosen: {chosen.label}: {why(chosen, planned.plan, planned.config)}")
     for line in chosen.notes:
         note(f"note: {line}")
+    for need in planned.disk:
+        if need.bytes:
+            note(f"on disk: {need}{' (this machine)' if planned.elsewhere else ''}")
 
 
 def load_plan(planned: Planned, chosen: Candidate, model: Path) -> LoadPlan:
@@ -359,6 +379,7 @@ def start_engine(
     """
     plan = load_plan(planned, chosen, model)
     env = {name: os.environ.get(name, value) for name, value in ENGINE_ENVIRONMENT.items()}
+    env |= child_devices(planned.hardware.gpus)
     adapter = BACKENDS[chosen.backend].adapter
     used = [gpu for gpu in planned.hardware.gpus if f"cuda:{gpu.index}" in plan.memory]
     with MemoryWatch(used) as watch, EngineProcess.start(python, adapter, plan, log, env=env) as engine:
@@ -383,8 +404,11 @@ def open_session(
     run.write("plan.json", planned.to_json())
     fits(planned)
     chosen, python = runnable(planned.plan, config, planned.hardware)
+    if chosen is not planned.plan.chosen:
+        planned = replace(planned, disk=disk_needs(config, planned.source, chosen))
     run.write("plan.json", planned.to_json() | chosen.to_json())
     show_plan(planned, chosen)
+    has_room(planned)
     tokenizer = None if is_built(config, planned.source, chosen) else _tokenizer(planned, chosen, check)
     with ExitStack() as loading:
         loading.enter_context(kept())
@@ -400,9 +424,9 @@ def open_session(
 
 
 def _tokenizer(planned: Planned, chosen: Candidate, check: Callable[[Tokenizer, Candidate], None]) -> Tokenizer:
-    """The base's tokenizer, which every stage carries over byte for byte; the request, checked with it."""
+    """The merged model's tokenizer, which every stage carries over byte for byte; the request, checked with it."""
     model = planned.config.model
-    tokenizer = Tokenizer(planned.source.base.path, model.chat_template, model.trust_remote_code)
+    tokenizer = Tokenizer(tokenizer_folder(planned.source), model.chat_template, model.trust_remote_code)
     if not tokenizer.has_template:
         note("note: the model has no chat template: prompts go in as plain text (model.chat_template=FILE sets one)")
     check(tokenizer, chosen)

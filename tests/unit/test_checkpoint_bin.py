@@ -416,7 +416,7 @@ from orchestrator.checkpoint.folder import fingerprint, open_checkpoint
 from orchestrator.checkpoint.spec import model_spec
 from orchestrator.checkpoint.adapter import open_adapter
 from orchestrator.checkpoint.adapter_match import targets
-from orchestrator.stages.merge import merged_size
+from orchestrator.stages.merged import merged_size
 checkpoint = open_checkpoint(Path({str(folder)!r}))
 assert model_spec(checkpoint).layers == 2
 assert fingerprint(checkpoint)["weights"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,7 +130,14 @@ def test_a_split_by_hand(big: ModelSpec) -> None:
         assert gpu.weights < gib * GIB
     short = estimate(big, machine(24, 24), ask(4.0, 4096, parallel__gpu_split=[12, 14]))
     assert not short.fits
-    assert "parallel.gpu_split=[12.0, 14.0] has no room for the weights" in short.reasons[0]
+    said = short.reasons[0]
+    assert "parallel.gpu_split=[12.0, 14.0] has no room for the weights" in said
+    assert said.endswith("GiB are missing")
+    [missing] = re.findall(r": (\d+\.\d\d) GiB are missing", said)
+    enough = [12, 14 + float(missing) + 0.01]  # as good as told: the last GPU takes what the others left
+    assert 5 < float(missing) < 12
+    assert not estimate(big, machine(24, 24), ask(4.0, 4096, parallel__gpu_split=[12, 14 + float(missing) - 0.1])).fits
+    assert not estimate(big, machine(24, 80), ask(4.0, 4096, parallel__gpu_split=enough)).reasons
 
 
 def test_a_tiny_share_first_as_on_the_gpu_machine(small: ModelSpec) -> None:
@@ -143,8 +152,11 @@ def test_a_tiny_share_first_as_on_the_gpu_machine(small: ModelSpec) -> None:
         ({"cache.bits": 5}, "cache.bits=5 is not one of 16, 8, 6, 4"),
         ({"parallel.gpu_split": [1, 2, 3]}, "is for 3 GPUs, and there are 2"),
         ({"parallel.gpu_split": "half"}, "parallel.gpu_split=half is neither auto nor a list of GiB"),
-        ({"parallel.gpu_split": [0, 0]}, "is neither auto nor a list"),
-        ({"parallel.gpu_split": [-1, 9]}, "is neither auto nor a list"),
+        ({"parallel.gpu_split": [0, 0]}, "parallel.gpu_split=[0, 0]: no GPU gets any"),
+        ({"parallel.gpu_split": [-1, 9]}, "parallel.gpu_split=[-1, 9]: a GPU cannot take less than 0 GiB"),
+        ({"parallel.gpu_split": [9, math.nan]}, "is neither auto nor a list"),
+        ({"parallel.gpu_split": [9, "9"]}, "is neither auto nor a list"),
+        ({"parallel.gpu_split": 22}, "is neither auto nor a list"),
         ({"quant.calibration.rows": 10}, "none is set"),
         ({"quant.calibration.length": 100}, "not a multiple of 128"),
         ({"quant.calibration.file": "nowhere.parquet"}, "is not a file"),

@@ -24,7 +24,7 @@ from orchestrator.checkpoint.spec import model_spec
 from orchestrator.config import Config
 from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError, StageError
 from orchestrator.hardware import GIB, Gpu, Hardware
-from orchestrator.pipeline import Model
+from orchestrator.pipeline import Model, Source, disk_needs
 from orchestrator.plan.exllamav2 import estimate
 from orchestrator.plan.types import Ask, Candidate
 from orchestrator.runfolder import RunFolder
@@ -111,6 +111,17 @@ def test_the_next_width_reuses_the_measurement(bench: Bench) -> None:
     assert third.path == second.path
     other = bench.quantize(6.0, "quant.head_bits=8", "quant.calibration.length=1024")
     assert len(other.built) == 2  # another calibration, another measurement
+
+
+def test_what_it_writes_is_known_before_and_nothing_once_it_is_there(bench: Bench) -> None:
+    config, source = bench.config(), Source(open_checkpoint(bench.source))
+    [before] = disk_needs(config, source, bench.chosen(4.0))
+    model = bench.quantize()
+    [after], [other] = (disk_needs(config, source, bench.chosen(bits)) for bits in (4.0, 6.0))
+    assert after.bytes == 0
+    assert other.bytes > 0
+    size = (model.path / "output.safetensors").stat().st_size
+    assert size * 0.9 < before.parts[-1].size < size * 1.1  # so small matrices: scales are a large part
 
 
 def test_a_measurement_of_the_users(bench: Bench) -> None:

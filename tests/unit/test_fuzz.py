@@ -16,13 +16,16 @@ import zipfile
 
 import pytest
 import safetensors.torch
+import small_models
 import torch
+from composing import composed
 
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.headers import read_header
 from orchestrator.checkpoint.reader import read_tensor, read_words
 from orchestrator.checkpoint.weights import MODEL_FORMATS, read_weights
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, DoesNotFitError, RequestError
+from orchestrator.tasks.session import fits, look
 from tests.checkpoints import CONFIG, raw_bin, raw_safetensors, write_json, write_model
 
 pytestmark = [
@@ -415,7 +418,8 @@ READ_THEM = """
 import json, resource, sys, time
 from pathlib import Path
 from orchestrator.checkpoint.headers import read_header
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, DoesNotFitError, RequestError
+from orchestrator.tasks.session import fits, look
 
 resource.setrlimit(resource.RLIMIT_AS, (3 * 2**29, 3 * 2**29))
 for file in map(Path, sys.argv[1:]):
@@ -563,3 +567,39 @@ def test_links_are_followed_as_the_hub_s_cache_is_made_of_them(tmp_path, kind):
         with pytest.raises(CheckpointError, match=re.escape(link.name)):
             open_checkpoint(tmp_path / "model")
         (tmp_path / "aside").rename(blob)
+
+
+STRANGE = (
+    *(None, "", "4", "x" * 100_000, "\x1b[31m\n\0", -1, 0, 7, 2**31, 2**39, 2**63, 10**30, 10**400, 1.5, True),
+    *(float("nan"), float("inf"), [], ["x"], [[1]] * 3, [[[[]]]], {}, {"a": 1}, {"rope_type": []}),
+    *({"quant_method": []}, {"quant_method": "gptq", "bits": -1, "group_size": 0}),
+)
+MORE_KEYS = ("rope_scaling", "rope_parameters", "sliding_window", "layer_types", "quantization_config", "text_config")
+MORE_KEYS += ("num_experts", "partial_rotary_factor", "attention_bias", "mlp_bias", "dtype")
+
+
+@pytest.mark.parametrize("weights", [True, False], ids=["headers", "a config alone"])
+@pytest.mark.parametrize("argv", [(), ("backend=exllamav2",), ("backend=vllm",)], ids=str)
+def test_a_config_changed_at_random_is_planned_or_refused_in_one_line(tmp_path, hydra, every_engine, weights, argv):
+    chance = random.Random(SEED)
+    folder, shape = tmp_path / "model", small_models.Llama()
+    if weights:
+        small_models.write_headers(folder, shape)
+    folder.mkdir(exist_ok=True)
+    config = composed("task=plan", "hardware=2x24gb", f"model.path={folder}", f"paths.artifacts={tmp_path}", *argv)
+    ended, said = [], []
+    for _ in range(25):
+        values = shape.config()
+        for key in chance.sample([*values, *MORE_KEYS], chance.choice((1, 1, 2, 4))):
+            values[key] = chance.choice(STRANGE)
+        write_json(folder / "config.json", values)
+        try:
+            planned = look(config, planning=True, download=False, bare=True)
+            json.dumps(planned.to_json(), allow_nan=False)
+            fits(planned)
+            ended.append(0)
+        except (RequestError, DoesNotFitError) as error:
+            ended.append(error.exit_code)
+            said.append(str(error))
+    assert {0, 2} <= set(ended) <= {0, 2, 3}
+    assert all(message.isprintable() and len(message) < 3000 for message in said)

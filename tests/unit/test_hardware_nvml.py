@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +14,12 @@ import psutil
 import pynvml
 import pytest
 
+from orchestrator.backends.exl2_setup import visible_devices
+from orchestrator.hardware import child_devices
 from orchestrator.hardware import nvml as ours
 from orchestrator.hardware.nvml import nvml_gpus
 from orchestrator.hardware.types import DRIVER_KEEPS, GIB, MIB, Gpu, Holder
-from orchestrator.hardware.visible import Card, Place, visible
+from orchestrator.hardware.visible import Card, Place, pinned, visible
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Device:
     capability: tuple[int, int] = (8, 6)
     bus: int = 0
     instances: list[Device | None] | None = None
+    numbers: tuple[int, int] | None = None  # of a MIG instance: GPU instance, compute instance
     compute: list[tuple[int, int | None]] = field(default_factory=list)
     graphics: list[tuple[int, int | None]] = field(default_factory=list)
     fails: dict[str, int] = field(default_factory=dict)  # function -> NVML's error
@@ -94,6 +97,15 @@ class FakeNvml:
         if instance is None:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
         return instance
+
+    def nvmlDeviceGetGpuInstanceId(self, device: Device) -> int:
+        if device.numbers is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+        return device.numbers[0]
+
+    def nvmlDeviceGetComputeInstanceId(self, device: Device) -> int:
+        assert device.numbers is not None
+        return device.numbers[1]
 
     def nvmlDeviceGetMemoryInfo(self, device: Device, version: int | None = None) -> Any:
         self._check("nvmlDeviceGetMemoryInfo", device)
@@ -201,6 +213,50 @@ def test_visible_devices_as_cuda_reads_them(value: str | None, places: list[int]
 )
 def test_a_process_gets_one_mig_instance(value: str | None, places: list[Place]) -> None:
     assert visible(SPLIT, value)[0] == places
+
+
+OLD = (
+    Card("GPU-aaaa-1", ("MIG-x1", "MIG-y1"), ("MIG-GPU-aaaa-1/1/0", "MIG-GPU-aaaa-1/10/0")),
+    Card("GPU-bbbb-1", ("MIG-GPU-bbbb-1/1/1", "MIG-GPU-bbbb-1/1/10")),  # of an old driver: no other names
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "places", "pin"),
+    [
+        ("MIG-GPU-aaaa-1/1/0", [Place(0, 0)], "MIG-x1"),
+        ("MIG-GPU-aaaa-1/10/0", [Place(0, 1)], "MIG-y1"),
+        ("MIG-GPU-bbbb-1/1/1", [Place(1, 0)], ""),
+        ("MIG-GPU-bbbb-1/1/10", [Place(1, 1)], ""),
+        ("MIG-GPU-aaaa-1/1", [], ""),
+        ("MIG-GPU-aaaa-1/2/0", [], ""),
+        ("MIG-y", [Place(0, 1)], ""),
+        ("MIG-y1,MIG-x1", [Place(0, 1)], "MIG-y1"),
+        ("1", [Place(1, 0)], ""),
+        ("0,1", [Place(0, 0)], "MIG-x1"),
+        (None, [Place(0, 0)], ""),
+    ],
+)
+def test_an_instance_is_the_same_one_in_a_child(value: str | None, places: list[Place], pin: str) -> None:
+    found, _ = visible(OLD, value)
+    assert found == places
+    assert [pinned(OLD, place, value) for place in found] == [pin] * len(found)
+
+
+def test_a_child_of_a_machine_with_whole_gpus_and_instances_gets_the_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = a100(instance("x"), replace(instance("y"), numbers=(2, 0)), bus=1)
+    driver(monkeypatch, cards(1)[0], split)
+    (gpu,), _ = nvml_gpus()
+    assert (gpu.index, gpu.uuid) == (0, "MIG-xxxxxxxx")
+    environ = child_devices([gpu])
+    assert visible_devices(["cuda:0"], environ) == "MIG-xxxxxxxx"  # "0" would be the whole one
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-GPU-a1001/2/0")
+    (gpu,), notes = nvml_gpus()
+    assert (gpu.uuid, child_devices([gpu]), notes) == ("MIG-yyyyyyyy", {"CUDA_VISIBLE_DEVICES": "MIG-yyyyyyyy"}, ())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-yyyyyyyy")
+    assert child_devices(nvml_gpus()[0]) == {}  # the child inherits it
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert child_devices(nvml_gpus()[0]) == {}
 
 
 def test_a_split_gpu_without_instances_is_said() -> None:

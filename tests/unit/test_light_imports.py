@@ -46,7 +46,9 @@ def test_help_and_mistakes_load_next_to_nothing(tmp_path: Path, argv: list[str],
 @pytest.mark.parametrize("hardware", ["auto", "cpu", "4x24gb"])
 def test_a_plan_loads_no_engine(tmp_path: Path, hardware: str) -> None:
     model = small_models.write_headers(tmp_path / "model", small_models.Llama())
-    code, modules = modules_after(tmp_path, "task=plan", f"model.path={model}", f"hardware={hardware}")
+    lora = small_models.write_adapter(tmp_path / "lora", small_models.Llama())
+    argv = ("task=plan", f"model.path={model}", f"model.adapter={lora}", f"hardware={hardware}")
+    code, modules = modules_after(tmp_path, *argv, "backend=exllamav2" if hardware == "4x24gb" else "backend=auto")
     assert code == 0
     assert not modules & ENGINES
 

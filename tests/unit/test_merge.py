@@ -21,7 +21,8 @@ from orchestrator.checkpoint.spec import model_spec
 from orchestrator.checkpoint.writer import ShardWriter
 from orchestrator.errors import CheckpointError, ConfigError, StageError
 from orchestrator.stages import pieces
-from orchestrator.stages.merge import merge, merged_size
+from orchestrator.stages.merge import merge
+from orchestrator.stages.merged import merged_size
 from orchestrator.stages.verify import verify_merge
 from tests.checkpoints import CONFIG, Q_PROJ, adapter_tensors, model_tensors, write_adapter, write_model
 

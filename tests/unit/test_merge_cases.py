@@ -1,6 +1,7 @@
 """Every kind of LoRA that PEFT trains on a language model, against PEFT's own merge_and_unload."""
 
 import json
+from dataclasses import replace
 
 import peft
 import pytest
@@ -35,13 +36,15 @@ from transformers import (
 
 from orchestrator.checkpoint.adapter import fingerprint, open_adapter
 from orchestrator.checkpoint.adapter_match import targets
-from orchestrator.checkpoint.architectures import text_config
+from orchestrator.checkpoint.architectures import layout_of, text_config
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.reader import read_tensor
+from orchestrator.checkpoint.spec import model_spec
 from orchestrator.errors import CheckpointError
 from orchestrator.stages.change import Change
-from orchestrator.stages.merge import merge, merged_size
+from orchestrator.stages.merge import merge
 from orchestrator.stages.merge_plan import plan_merge
+from orchestrator.stages.merged import merged_checkpoint, merged_size, merged_tokenizer
 from tests.checkpoints import Q_PROJ, adapter_tensors, model_tensors, save, write_adapter, write_json, write_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -251,7 +254,39 @@ def test_it_is_what_peft_merges(tmp_path, bases, case):
     spare = {name for name in open_adapter(tmp_path / "lora").tensors if "original_module" in name}
     assert {name for name in open_adapter(tmp_path / "lora").tensors if "modules_to_save" not in name} == used | spare
     written = sum(tensor.nbytes for tensor in found.values())
-    assert merged_size(open_checkpoint(bases(name)), [(open_adapter(tmp_path / "lora"), 1.0)], None) >= written
+    assert merged_size(open_checkpoint(bases(name)), [(open_adapter(tmp_path / "lora"), 1.0)], None) == written
+    planned_as_written(bases(name), [tmp_path / "lora"], tmp_path / "out")
+
+
+def planned_as_written(base, adapters, out, dtype=None):
+    """What headers said of a merge is what it wrote: every tensor, and with them the model that a plan is of."""
+    planned = merged_checkpoint(open_checkpoint(base), [(open_adapter(path), 1.0) for path in adapters], dtype)
+    there = open_checkpoint(out)
+    assert [(t.name, t.dtype, t.shape, t.nbytes) for t in planned.tensors.values()] == [
+        (t.name, t.dtype, t.shape, t.nbytes) for t in there.tensors.values()
+    ]
+    if layout_of(there.config) is not None:
+        assert replace(model_spec(planned), notes=()) == replace(model_spec(there), notes=())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("case", ["plain", "resized", "tied, saved head"])
+def test_a_plan_is_of_what_is_written_as_another_type_too(tmp_path, bases, case, dtype):
+    name, options = CASES[case]
+    train(bases(name), tmp_path / "lora", **options)
+    run(bases(name), [tmp_path / "lora"], tmp_path / "out", dtype)
+    planned_as_written(bases(name), [tmp_path / "lora"], tmp_path / "out", dtype)
+
+
+@pytest.mark.parametrize(("case", "more"), [("resized and tied", True), ("plain", False), ("resized", False)])
+def test_what_only_a_hub_has_is_planned_by_its_headers(tmp_path, bases, case, more):
+    name, options = CASES[case]
+    train(bases(name), tmp_path / "lora", **options)
+    base, lora = open_checkpoint(bases(name)), open_adapter(tmp_path / "lora")
+    there = {key: replace(info, file=tmp_path / "hub" / info.file.name) for key, info in lora.tensors.items()}
+    size, exact = (merged_size(base, [(found, 1.0)], None) for found in (replace(lora, tensors=there), lora))
+    assert (size > exact) == more  # whether a head that is saved too is its embedding cannot be seen: both count
+    assert size >= exact
 
 
 def logits(model):
@@ -271,8 +306,7 @@ def test_a_lora_on_one_of_two_that_are_tied_is_that_one_s_alone(tmp_path, bases,
     assert any("tie_word_embeddings=false" in note for note in report["notes"])
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is False
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(trained), rtol=1e-4, atol=1e-5)
-    size = merged_size(open_checkpoint(bases(name)), [(open_adapter(tmp_path / "lora"), 1.0)], None)
-    assert size == sum(tensor.nbytes for tensor in weights(tmp_path / "out").values())
+    planned_as_written(bases(name), [tmp_path / "lora"], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -318,6 +352,7 @@ def test_a_lora_that_a_tied_head_shares_keeps_the_tie(tmp_path, bases):
     run(bases("tied"), [tmp_path / "lora"], tmp_path / "out")
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is True
     assert "lm_head.weight" not in weights(tmp_path / "out")
+    planned_as_written(bases("tied"), [tmp_path / "lora"], tmp_path / "out")
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(trained), rtol=1e-4, atol=1e-5)
 
 
@@ -439,6 +474,8 @@ def test_a_resized_vocabulary_comes_with_the_adapter_s_tokenizer(tmp_path, grown
     }
     assert any("66 rows" in note for note in report["notes"])
     assert any("adapter's" in note and str(lora) in note for note in report["notes"])
+    assert merged_tokenizer(open_checkpoint(base), [(open_adapter(lora), 1.0)]) == lora
+    planned_as_written(base, [lora], tmp_path / "out")
     tokenizer(lora, 64, added=1)
     assert fingerprint(open_adapter(lora)) != before
 
@@ -502,6 +539,7 @@ def test_trained_rows_come_with_the_adapter_s_tokenizer(tmp_path, grown):
     base, _ = grown
     lora = special(tmp_path / "rows", "rows")
     run(base, [lora], tmp_path / "base's")
+    assert merged_tokenizer(open_checkpoint(base), [(open_adapter(lora), 1.0)]) == base
     assert (tmp_path / "base's" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     tokenizer(lora, 60, added=4)
     run(base, [lora], tmp_path / "adapter's")

@@ -1,0 +1,199 @@
+"""What a request writes to the disk is told, and refused where there is no room, before anything starts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_models
+from composing import composed
+from small_models import LLAMA_7B, Llama
+
+from orchestrator.config import Config
+from orchestrator.errors import DoesNotFitError
+from orchestrator.hardware import GIB
+from orchestrator.pipeline import disk_needs, merged
+from orchestrator.plan.disk import Need, Part, must_have_room, output_need, store_need
+from orchestrator.report.console import size
+from orchestrator.runfolder import RunFolder
+from orchestrator.tasks import session
+from orchestrator.tasks.convert import convert
+from orchestrator.tasks.plan import plan
+from orchestrator.tasks.session import Planned, look, open_session
+
+pytestmark = pytest.mark.usefixtures("hydra", "every_engine")
+
+SHAPE = Llama()
+MERGED = 2 * sum(math.prod(shape) for shape in SHAPE.tensors().values())
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Path]:
+    """A folder on another disk than tmp_path's."""
+    shm = Path("/dev/shm")
+    if not os.access(shm, os.W_OK) or shm.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is one file system only")
+    with tempfile.TemporaryDirectory(dir=shm) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every disk has 1 MiB left."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 2**40 - 2**20, 2**20))
+
+
+class Place:
+    """A base, an adapter, a store and a run folder."""
+
+    def __init__(self, folder: Path, shape: Llama = SHAPE) -> None:
+        self.folder = folder
+        self.base = small_models.write_headers(folder / "base", shape)
+        self.adapter = small_models.write_adapter(folder / "lora", SHAPE)
+        self.store = folder / "store"
+        (folder / "run").mkdir()
+        self.run = RunFolder(folder / "run")
+
+    def config(self, *argv: str, task: str = "run") -> Any:
+        return composed(f"task={task}", f"model.path={self.base}", f"paths.artifacts={self.store}", *argv)
+
+    def look(self, *argv: str, task: str = "plan") -> Planned:
+        return look(self.config(*argv, task=task), planning=True)
+
+    def json(self) -> Any:
+        return json.loads((self.run.path / "plan.json").read_text())
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def test_what_is_safetensors_already_writes_nothing(place: Place) -> None:
+    planned = place.look("hardware=1x24gb", "quant=nf4")
+    assert [need.bytes for need in planned.disk] == [0]
+    assert planned.to_json()["disk_needed"]["path"] == str(place.store)
+
+
+def test_a_merge_writes_its_bytes_and_then_no_more(place: Place) -> None:
+    small_models.write_noise(place.base, SHAPE)
+    config = place.config(f"model.adapter={place.adapter}")
+    _, source = session.open_source(config, session.find_places(config, latest=False))
+    [need] = disk_needs(config, source, None)
+    model = merged(config, source, place.run)
+    written = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
+    assert need.bytes <= written < need.bytes + 2**14  # a header
+    assert disk_needs(config, source, None)[0].bytes == 0
+    partial = model.path.rename(f"{model.path}.partial")  # as a killed run leaves it
+    assert disk_needs(config, source, None)[0].bytes == 0
+    (partial / "model.safetensors").unlink()
+    assert 0.8 * need.bytes < disk_needs(config, source, None)[0].bytes < need.bytes
+
+
+@pytest.mark.parametrize(("bits", "gib"), [(4, 3.36), (8, 6.37)])
+def test_an_exl2_model_takes_its_bits_and_twice_of_them_meanwhile(tmp_path: Path, bits: int, gib: float) -> None:
+    place = Place(tmp_path, LLAMA_7B)
+    planned = place.look("hardware=1x24gb", "backend=exllamav2", f"quant.bits={bits}")
+    [need] = planned.disk
+    [source, exl2] = need.parts
+    assert source.adds == 0
+    assert exl2.size == pytest.approx(gib * GIB, rel=0.01)
+    assert 2 * exl2.size < exl2.adds == need.bytes < 2 * exl2.size + 4 * GIB  # and the calibration's hidden states
+    assert planned.elsewhere
+
+
+def test_another_type_of_the_merged_model_is_counted(place: Place) -> None:
+    small, large = (
+        place.look("hardware=1x24gb", f"model.adapter={place.adapter}", f"convert.dtype={dtype}").disk[0].bytes
+        for dtype in ("float16", "float32")
+    )
+    assert large == 2 * small > 0
+
+
+def test_a_plan_says_it_in_a_line_and_in_its_file(place: Place, capsys: pytest.CaptureFixture[str], full: None) -> None:
+    argv = ("hardware=1x24gb", "backend=exllamav2", "quant.bits=4", f"model.adapter={place.adapter}")
+    plan(place.config(*argv, task="plan"), place.run)
+    said = " ".join(capsys.readouterr().err.split())
+    needed = place.json()["disk_needed"]
+    assert needed == {"path": str(place.store), "bytes": needed["bytes"], "free": 2**20}
+    assert needed["bytes"] > 2**20
+    assert f"on disk: {size(MERGED)} for the merged model and" in said
+    assert "of EXL2 (at most" in said
+    assert f"in {place.store}, 1.00 MiB free, which is too little (this machine)" in said
+
+
+def answer(config: Config, run: RunFolder) -> None:
+    with open_session(look(config, planning=False), run):
+        pass
+
+
+@pytest.mark.parametrize("task", ["run", "convert"])
+def test_a_real_run_is_refused_before_anything_long(
+    place: Place, monkeypatch: pytest.MonkeyPatch, full: None, task: str
+) -> None:
+    monkeypatch.setattr(session, "runnable", lambda plan, *_: (plan.chosen, "python"))
+    (place.base / "tokenizer.json").write_text("{}")
+    config = place.config(f"model.adapter={place.adapter}", "convert.dtype=float32", "hardware=cpu", task=task)
+    action = convert if task == "convert" else answer
+    with pytest.raises(DoesNotFitError) as caught:
+        action(config, place.run)
+    assert caught.value.exit_code == 3
+    assert str(caught.value) == (
+        f"the disk of paths.artifacts={place.store} has 1.00 MiB free and the request takes {size(2 * MERGED)}: "
+        f"{size(2 * MERGED)} for the merged model. "
+        "Free some (task=artifacts artifacts.action=prune), or set paths.artifacts=FOLDER elsewhere."
+    )
+    assert not place.store.exists()
+
+
+def test_an_output_on_another_disk_needs_its_room_there(place: Place, elsewhere: Path) -> None:
+    argv = (f"model.adapter={place.adapter}", f"output.path={elsewhere / 'new' / 'model'}", "hardware=1x24gb")
+    planned = place.look(*argv)
+    store, output = planned.disk
+    assert output.bytes == store.bytes > 0
+    assert planned.to_json()["output_needed"] == output.to_json()
+    assert (output.path, store.path) == (elsewhere / "new" / "model", place.store)
+    assert len(place.look(*argv, task="run").disk) == 1  # it writes no such folder
+    here = place.look(*argv[:1], f"output.path={place.folder / 'model'}", "hardware=1x24gb")
+    assert [need.bytes for need in here.disk] == [store.bytes, 0]  # hard links
+    copied = place.look(f"output.path={place.folder / 'model'}", "hardware=1x24gb")
+    assert [need.bytes for need in copied.disk] == [0, copied.spec.nbytes]  # the user's own files are never linked
+
+
+def test_a_result_that_has_no_room_on_another_disk_is_refused(
+    tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 2**40 - 2**30, 2**30))
+    for needed in (2**30, 2**31):
+        part = Part("for the merged model", needed, 0)
+        needs = [store_need(tmp_path, [part]), output_need(elsewhere / "a" / "b", tmp_path, [part], linked=True)]
+        if needed == 2**30:
+            must_have_room(needs)
+            continue
+        with pytest.raises(DoesNotFitError, match=r"output\.path=.*has 1\.00 GiB free and the request takes 2\.00 GiB"):
+            must_have_room(needs)
+
+
+def test_a_disk_that_cannot_be_asked_refuses_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    need = store_need(tmp_path / "file" / "store", [Part("for the merged model", GIB, GIB)])
+    assert need.free is None
+    must_have_room([need])
+    assert str(need) == f"1.00 GiB for the merged model in {tmp_path / 'file' / 'store'}"
+
+
+def test_the_line_is_in_plain_words(tmp_path: Path) -> None:
+    parts = (Part("for the merged model", int(13.5 * GIB), int(13.5 * GIB)), Part("of EXL2", 4 * GIB, 8 * GIB))
+    assert str(Need("paths.artifacts", Path("/store"), parts, 210 * GIB)) == (
+        "13.50 GiB for the merged model and 4.00 GiB of EXL2 (at most 8.00 GiB while it is made) in /store, "
+        "210.00 GiB free"
+    )
