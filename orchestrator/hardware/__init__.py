@@ -43,8 +43,12 @@ def detect(config: HardwareConfig, *, planning: bool, artifacts: Path | None = N
     notes: tuple[str, ...] = ()
     if config.cards is not None and planning:
         gpus = profile_gpus(config)
-        notes = (f"planned for the profile {config.profile}, not for this machine",)
-        host_available = host_total  # what runs here now says nothing about that machine
+        # A profile says nothing of a host, nor does the machine that plans: laptops plan for servers.
+        host_total = host_available = max(host_total, sum(gpu.total for gpu in gpus))
+        notes = (
+            f"planned for the profile {config.profile}, not for this machine; its host memory is taken to be "
+            f"{host_total / GIB:.0f} GiB, that of its cards together or of this machine, whichever is more",
+        )
     else:
         found, notes = nvml_gpus() if config.profile != "cpu" else ((), ())
         gpus = chosen_gpus(found, config, notes)

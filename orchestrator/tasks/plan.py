@@ -47,7 +47,7 @@ def _missing(planned: Planned) -> list[str]:
 
 
 def _typed() -> list[str]:
-    """The overrides of the command line."""
+    """The overrides of the command line; none where the task was not started from one."""
     from hydra.core.hydra_config import HydraConfig
 
-    return list(HydraConfig.get().overrides.task)
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
