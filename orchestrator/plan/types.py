@@ -71,6 +71,7 @@ class Candidate:
         disk: what is offloaded to `offload_folder`; None: nothing.
         most_tokens_per_s: a bound on the speed of one answer, where weights are offloaded; None: none are.
         notes: what is to be known of an offload before it runs.
+        needs: a checkpoint that it runs from and that nothing here makes; "": none.
     """
 
     backend: str
@@ -95,6 +96,7 @@ class Candidate:
     offload_folder: str = ""
     most_tokens_per_s: float | None = None
     notes: tuple[str, ...] = ()
+    needs: str = ""
 
     @classmethod
     def of(
@@ -166,6 +168,7 @@ class Candidate:
             "disk": self.disk.to_json() if self.disk else None,
             "most_tokens_per_s": self.most_tokens_per_s,
             "offload_notes": list(self.notes),
+            "needs": self.needs,
             "device_map": self.device_map,
             "weights": self.weights,
         }
