@@ -56,17 +56,18 @@ def asks_of(config: Config, spec: ModelSpec, hardware: Hardware) -> Iterator[Ask
 
 def none_loads(config: Config, spec: ModelSpec, hardware: Hardware, stored: Quantized) -> OrchestratorError:
     """Why nothing that was asked for runs a checkpoint that is quantized already."""
-    names = [name for name in BACKENDS if config.backend.name in ("auto", name)]
-    refusals = {name: _refusal(BACKENDS[name], spec, hardware, stored) for name in names}
-    near = [r for name, r in refusals.items() if r is not None and stored.format in BACKENDS[name].loads]
     what = f"the model is quantized already ({stored.label})"
-    if absent := next((error for error in near if isinstance(error, EngineUnavailableError)), None):
+    loaders = [b for b in BACKENDS.values() if config.backend.name in ("auto", b.name) and stored.format in b.loads]
+    if not loaders:
+        return ConfigError(f"{what}, and no engine here loads that as it is; {known(spec)}", _UNQUANTIZED)
+    refusals = [r for backend in loaders if (r := _refusal(backend, spec, hardware, stored)) is not None]
+    if absent := next((error for error in refusals if isinstance(error, EngineUnavailableError)), None):
         return EngineUnavailableError(f"{what}, and {absent.message}", absent.hint)
-    if near:
-        return ConfigError(f"{what}, and {'; '.join(e.message for e in near)}; {known(spec)}", near[0].hint)
-    if any(stored.format in BACKENDS[name].loads for name in names):
-        return ConfigError(f"{what}, and {nothing_matches(config)}", "Leave out what is not the checkpoint's own.")
-    return ConfigError(f"{what}, and no engine here loads that as it is; {known(spec)}", _UNQUANTIZED)
+    if reasons := [why for backend in loaders if (why := not_loaded(backend, stored))]:
+        return ConfigError(f"{what}, and {'; '.join(reasons)}; {known(spec)}", _UNQUANTIZED)
+    if refusals:
+        return refusals[0]
+    return ConfigError(f"{what}, and {nothing_matches(config)}", "Leave out what is not the checkpoint's own.")
 
 
 _UNQUANTIZED = "Set model.path to the unquantized model."
@@ -77,7 +78,8 @@ def _refusal(
 ) -> OrchestratorError | None:
     """Why an engine can run nothing of this model on this hardware; None where it can."""
     if stored is not None and (why := not_loaded(backend, stored)):
-        return ConfigError(f"{why}; {known(spec)}", _UNQUANTIZED)
+        what = f"the model is quantized already ({stored.label})"
+        return ConfigError(f"{what}, and {why}; {known(spec)}", _UNQUANTIZED)
     if hardware.device not in backend.devices:
         return EngineUnavailableError(
             f"backend={backend.name} needs a CUDA GPU, and there is none here",

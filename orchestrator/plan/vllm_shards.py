@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from orchestrator.backends.table import BACKENDS, METHODS, Loads
 from orchestrator.backends.vllm_rules import VOCAB_PADDING
+from orchestrator.checkpoint.quantized import Quantized
 from orchestrator.checkpoint.spec import ModelSpec, SpecTensor
 from orchestrator.errors import ConfigError
 from orchestrator.hardware import Hardware
@@ -117,23 +118,24 @@ def packings(spec: ModelSpec, hardware: Hardware, ask: Ask) -> dict[str, Packing
     if stored is not None:
         # Marlin drops the zero points of symmetric weights, Machete (compute capability 9.0) keeps them.
         zeros = on_gpu or not stored.symmetric
-        return {t.name: _stored(t, stored.columns, stored.group, zeros) for t in spec.tensors if t.parts}
+        return {t.name: _stored(t, stored, zeros) for t in spec.tensors if t.parts}
     if ask.method == "none":
         return {}
     packing = Packing(ask.bits, group_of(ask), zeros=on_gpu)
     return {t.name: packing for t in spec.tensors if t.role in ("linear", "expert") and t.shape[-2] > 1}
 
 
-def _stored(tensor: SpecTensor, columns: int, group: int, keeps_zeros: bool) -> Packing:
-    """By the headers: a checkpoint may have other widths and groups for some of its linears."""
+def _stored(tensor: SpecTensor, stored: Quantized, keeps_zeros: bool) -> Packing:
+    """By the headers where a checkpoint has other widths and groups for some of its linears."""
     weight, scales = tensor.part(*WEIGHT) or tensor, tensor.part(*SCALES)
     out, into = tensor.shape[-2:]
-    if columns == 1:
+    group = stored.group
+    if not stored.uniform:
         each = math.prod(scales.shape) // out if scales is not None else 1
-        group = math.ceil(into / each) if each > 1 else -1  # one scale for all becomes one for each output
+        group = math.ceil(into / each) if each > 1 else -1
     packed_words = weight.dtype == "I32"
     zeros = keeps_zeros and tensor.part("qzeros", "weight_zero_point") is not None
-    return Packing(8 * weight.nbytes / (out * into), group, columns, _HALF if packed_words else _SINGLE, zeros)
+    return Packing(8 * weight.nbytes / (out * into), group, stored.columns, _HALF if packed_words else _SINGLE, zeros)
 
 
 def misfits(spec: ModelSpec, hardware: Hardware, ask: Ask, tp: int) -> Iterator[str]:
