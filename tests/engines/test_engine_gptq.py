@@ -13,10 +13,9 @@ from gptq_models import write_gptq
 
 from orchestrator import embedded
 from orchestrator.backends.protocol import Finished, Request
-from orchestrator.config import BackendConfig, Config, ConvertConfig, ModelConfig, ParallelConfig, PathsConfig
-from orchestrator.pipeline import merged
+from orchestrator.config import BackendConfig, Config, ModelConfig, ParallelConfig, PathsConfig
 from orchestrator.runfolder import RunFolder
-from orchestrator.tasks.session import Session, find_places, look, open_session, open_source
+from orchestrator.tasks.session import Session, look, open_session
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 torch = pytest.importorskip("torch")
@@ -30,23 +29,18 @@ class Written:
 
     folder: Path
     model: Any
-    store: Path
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    """The embedded model, merged by our pipeline, in 4 bits and groups of 128."""
+def written(tmp_path_factory: pytest.TempPathFactory, merged_embedded: Path) -> Written:
+    """The embedded model in 4 bits and groups of 128."""
     from transformers import AutoModelForCausalLM
 
-    store = tmp_path_factory.mktemp("artifacts")
-    config = Config(convert=ConvertConfig(dtype="float32"), paths=PathsConfig(artifacts=str(store)))
-    config, source = open_source(config, find_places(config, latest=True))
-    plain = merged(config, source, RunFolder(tmp_path_factory.mktemp("run"))).path
     folder = tmp_path_factory.mktemp("models") / "gptq"
-    weights = write_gptq(plain, folder)
-    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
-    model.load_state_dict(weights, strict=False)
-    return Written(folder, model, store)
+    weights = write_gptq(merged_embedded, folder)
+    model = AutoModelForCausalLM.from_pretrained(merged_embedded, dtype=torch.float32).eval()
+    assert not model.load_state_dict(weights, strict=False).unexpected_keys
+    return Written(folder, model)
 
 
 @pytest.fixture(scope="module", params=[(1, "auto"), (2, "float16")], ids=["tp1", "tp2"])
@@ -57,7 +51,7 @@ def session(
         backend=BackendConfig(name="vllm"),
         model=ModelConfig(path=str(written.folder), dtype=request.param[1]),
         parallel=ParallelConfig(tensor=request.param[0]),
-        paths=PathsConfig(artifacts=str(written.store), engines=str(vllm_engines)),
+        paths=PathsConfig(artifacts=str(tmp_path_factory.mktemp("artifacts")), engines=str(vllm_engines)),
     )
     config = replace(config, run=replace(config.run, in_flight=4))
     config.hardware.profile = "cpu"
@@ -73,7 +67,6 @@ def test_it_scores_as_its_weights_do(session: Session, written: Written) -> None
     score = session.engine.score(tokens, 20)
     have = torch.tensor(score.logprobs, dtype=torch.double)
     off = (want[range(len(have)), tokens[1:]] - have).abs()
-    print("max", float(off.max()), "mean", float(off.mean()))
     assert float(off.mean()) < ROUNDING[session.chosen.dtype]
     tops = torch.tensor([row[0] for row in score.top_tokens])
     assert (tops == want.argmax(-1)).float().mean() > 0.95
@@ -81,10 +74,12 @@ def test_it_scores_as_its_weights_do(session: Session, written: Written) -> None
 
 def test_every_rank_holds_what_the_plan_says(session: Session) -> None:
     chosen = session.chosen
-    assert session.ready.placement == chosen.weights
+    # vLLM keeps four float32 scales of the cache in each layer.
+    cache_scales = 4 * 4 * session.planned.spec.layers * chosen.tensor_parallel
+    assert session.ready.placement == {"cpu": chosen.weights["cpu"] + cache_scales}
     assert (chosen.method, chosen.bits) == ("gptq", 4.0)
     assert chosen.dtype == ("bfloat16" if chosen.tensor_parallel == 1 else "float16")
-    assert session.model.artifacts == ()
+    assert (session.model.path, session.model.artifacts) == (session.planned.source.base.path, ())
 
 
 def test_its_answers_make_sense(session: Session) -> None:
