@@ -70,7 +70,7 @@ class CalibrationConfig:
 class QuantConfig:
     method: str = "auto"
     bits: float | None = None  # bits per weight
-    group_size: int | None = None
+    group_size: int | None = None  # of GPTQ: inputs that share a scale; -1 (all), 32, 64, 128; unset: 128
     head_bits: int | None = None
     double: bool | None = None  # bitsandbytes: quantize the quantization constants too
     measurement: str | None = None

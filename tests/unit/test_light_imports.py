@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import packed_models
 import pytest
 import small_models
 
@@ -47,6 +48,13 @@ def test_help_and_mistakes_load_next_to_nothing(tmp_path: Path, argv: list[str],
 def test_a_plan_loads_no_engine(tmp_path: Path, hardware: str) -> None:
     model = small_models.write_headers(tmp_path / "model", small_models.Llama())
     code, modules = modules_after(tmp_path, "task=plan", f"model.path={model}", f"hardware={hardware}")
+    assert code == 0
+    assert not modules & ENGINES
+
+
+def test_a_plan_of_packed_weights_loads_no_engine(tmp_path: Path) -> None:
+    model = packed_models.write_packed(tmp_path / "model", small_models.Llama(), "gptq")
+    code, modules = modules_after(tmp_path, "task=plan", f"model.path={model}", "hardware=4x24gb")
     assert code == 0
     assert not modules & ENGINES
 

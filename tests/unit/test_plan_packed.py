@@ -14,7 +14,7 @@ from small_models import LLAMA_70B, Llama, write_headers
 
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
-from orchestrator.errors import CheckpointError, ConfigError, EngineUnavailableError, RequestError
+from orchestrator.errors import CheckpointError, ConfigError, DoesNotFitError, EngineUnavailableError, RequestError
 from orchestrator.hardware import GIB, MIB, Gpu, Hardware
 from orchestrator.plan.planner import make_plan, must_fit, runnable
 from orchestrator.plan.types import Candidate, Plan
@@ -223,6 +223,15 @@ def test_what_is_stored_quantized_is_not_offloaded(tmp_path: Path) -> None:
     chosen = best(folder, cards(1), "offload.cpu_gib=40")
     assert not chosen.fits
     assert "what is quantized already cannot be offloaded" in chosen.reasons
+
+
+def test_one_that_does_not_fit_is_told_with_numbers(tmp_path: Path) -> None:
+    spec = spec_of(write_packed(tmp_path, LLAMA_70B, "gptq"))
+    plan = make_plan(composed(), spec, cards(1))
+    with pytest.raises(DoesNotFitError, match=r"Nothing that this version has would fit: .* needs \d\d\.\d\d GiB of"):
+        must_fit(plan, composed(), spec, cards(1))
+    fewer = make_plan(composed("run.in_flight=64", "model.max_context=4096"), spec, cards(4, 12))
+    assert fewer.chosen.fits
 
 
 # What may be asked of it
