@@ -71,7 +71,7 @@ class CalibrationConfig:
 class QuantConfig:
     method: str = "auto"
     bits: float | None = None  # bits per weight
-    group_size: int | None = None
+    group_size: int | None = None  # of GPTQ: inputs that share a scale; -1 (all), 32, 64, 128; unset: 128
     head_bits: int | None = None
     double: bool | None = None  # bitsandbytes: quantize the quantization constants too
     measurement: str | None = None
@@ -332,9 +332,9 @@ def _check_engine_keys(config: Config) -> Iterator[str]:
     if widths and config.cache.bits not in (None, *widths):
         known = " or ".join(map(str, widths))
         yield f"cache.bits={config.cache.bits} is not a width of backend={name}, which has {known}"
-    if name != "auto" and config.quant.method not in ("auto", *BACKENDS[name].methods):
-        able = [b.name for b in BACKENDS.values() if config.quant.method in b.methods]
-        methods = ", ".join(BACKENDS[name].methods)
+    if name != "auto" and config.quant.method not in ("auto", *BACKENDS[name].known_methods):
+        able = [b.name for b in BACKENDS.values() if config.quant.method in b.known_methods]
+        methods = ", ".join(BACKENDS[name].known_methods)
         yield f"quant.method={config.quant.method} is not run by backend={name}, which has {methods} ({_who(able)})"
 
 

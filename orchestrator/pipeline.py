@@ -127,7 +127,7 @@ def is_built(config: Config, source: Source, chosen: Candidate) -> bool:
     """Whether a request needs no stage: then its engine can start at once. (An engine's own stages: not asked.)"""
     recipe = merge_recipe(config, source)
     found = recipe is None or Store(folder(config.paths.artifacts)).find(recipe) is not None
-    return found and not BACKENDS[chosen.backend].stages
+    return found and (source.base.quantized or not BACKENDS[chosen.backend].stages)
 
 
 def merged(config: Config, source: Source, run: RunFolder) -> Model:

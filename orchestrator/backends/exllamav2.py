@@ -63,7 +63,7 @@ class ExLlamaV2Engine:
             CheckpointError: an architecture that exllamav2 would take for a Llama, or files that it cannot read.
             DoesNotFitError: the GPUs are full before the model is loaded.
         """
-        if plan.method not in ("exl2", "none") or plan.cache_bits not in _CACHES:
+        if plan.method not in ("exl2", "gptq", "none") or plan.cache_bits not in _CACHES:
             raise EngineError(f"the exllamav2 engine has no method {plan.method} with a {plan.cache_bits}-bit cache")
         self._plan = plan
         self._devices = _planned_gpus(plan)

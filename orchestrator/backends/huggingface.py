@@ -123,8 +123,12 @@ class HuggingFaceEngine:
         from transformers import AutoConfig, BitsAndBytesConfig
 
         config = AutoConfig.from_pretrained(plan.model, **local)
-        if getattr(config, "quantization_config", None) is not None:
-            return {}  # stored in this form already: its own configuration describes it
+        stored = getattr(config, "quantization_config", None)
+        if stored is not None:
+            # In this form already: its own configuration describes it, but for the arithmetic, which the plan says.
+            stored = stored if isinstance(stored, dict) else stored.to_dict()
+            config.quantization_config = stored | {"bnb_4bit_compute_dtype": plan.dtype}
+            return {"config": config}
         options = dict(_QUANTIZATION[plan.method])
         if _offloads(plan):  # whatever its name says: these modules stay unquantized, in plan.dtype
             options["llm_int8_enable_fp32_cpu_offload"] = True

@@ -47,8 +47,36 @@ METHODS: dict[str, Method] = {
         # A little behind bitsandbytes at the same nominal width: NF4 stores 4.5 bits per weight, 4.0 of EXL2 are 4.0,
         # and its head has 6 where int8's keeps 16.
         Method("exl2", 4.1, "EXL2", low=2.25, high=8.0, per_bit=-0.75),
+        # Calibrated, which NF4 is not: a quarter of its divergence at 4 bits, and that of int8 at 8.
+        Method("gptq", 3.9, "GPTQ", per_bit=-0.72),
+        Method("awq", 3.9, "AWQ"),
+        Method("compressed-tensors", 3.9, "compressed-tensors", per_bit=-0.72),
+        Method("fp8", 1.05, "FP8"),
     )
 }
+
+
+@dataclass(frozen=True)
+class Loads:
+    """A format of quantized checkpoints (config.json's quant_method) that an engine loads as it is.
+
+    Attributes:
+        bits: the widths that it takes; empty: any.
+        cpu_bits: those that it takes on a CPU.
+        capability: the least compute capability of its kernels.
+        groups: the sizes of groups that it takes; empty: any.
+        symmetric: it takes none with zero points.
+        in_order: it takes none whose inputs are reordered.
+        layouts: of compressed-tensors, those that it takes.
+    """
+
+    bits: tuple[float, ...] = ()
+    cpu_bits: tuple[float, ...] = ()
+    capability: tuple[int, int] = (0, 0)
+    groups: tuple[int, ...] = ()
+    symmetric: bool = False
+    in_order: bool = False
+    layouts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +98,9 @@ class Backend:
             module's `disk_part` says what they write.
         dtypes: what it computes in, the automatic choice first; empty: whatever the device has.
         on_request: methods that run only where quant.method names them.
+        loads: quant_method of a checkpoint that is quantized already -> what of it is loaded as it is.
+        elsewhere: methods whose checkpoints nothing here makes: their plans say what they need.
+        half: methods whose arithmetic has 16 bits on every device.
     """
 
     name: str
@@ -86,7 +117,17 @@ class Backend:
     stages: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
     on_request: frozenset[str] = frozenset()
+    loads: dict[str, Loads] = field(default_factory=dict)
+    elsewhere: frozenset[str] = frozenset()
+    half: frozenset[str] = frozenset()
 
+    @property
+    def known_methods(self) -> tuple[str, ...]:
+        """Those that it runs, and those of the checkpoints that it loads as they are."""
+        return tuple(dict.fromkeys((*self.methods, *(name for name in self.loads if name in METHODS))))
+
+
+MARLIN_GROUPS = (-1, 32, 64, 128)
 
 BACKENDS: dict[str, Backend] = {
     b.name: b
@@ -101,6 +142,7 @@ BACKENDS: dict[str, Backend] = {
             extra="bitsandbytes",
             speed={"nf4": 1.0, "fp4": 1.0, "int8": 0.5},
             keys=frozenset({"quant.double", "offload.folder", "offload.cpu_gib"}),
+            loads={"bitsandbytes": Loads((4, 8), cpu_bits=(4, 8))},
         ),
         Backend(
             name="transformers",
@@ -117,14 +159,31 @@ BACKENDS: dict[str, Backend] = {
             name="vllm",
             adapter="orchestrator.backends.vllm:VllmEngine",
             memory="orchestrator.plan.vllm:estimate",
-            methods={"none": (16.0, 32.0)},
+            methods={"none": (16.0, 32.0), "gptq": (4.0, 8.0)},
             devices=("cuda", "cpu"),
             packages=("vllm",),
             extra="",  # its pins collide with ours: it lives in an interpreter of its own
-            speed={"none": 4.0},
+            speed={"none": 4.0, "gptq": 5.0, "awq": 5.0, "compressed-tensors": 5.0, "fp8": 4.5},
             automatic=("cuda",),  # on a CPU it takes half a minute to start: it is for who asks for it
-            keys=frozenset({"parallel.tensor", "parallel.pipeline", "cache.bits"}),
+            keys=frozenset({"quant.group_size", "parallel.tensor", "parallel.pipeline", "cache.bits"}),
             cache_bits=(16, 8),
+            # Marlin's, and those of CPUWNA16 on a CPU: vllm 0.32's quantization/{auto_gptq,auto_awq,fp8}.py,
+            # compressed_tensors/, kernels/linear/mixed_precision/. FP8 is native from 8.9, weights only from 7.5.
+            loads={
+                "gptq": Loads((4, 8), (4,), (7, 5), MARLIN_GROUPS, symmetric=True, in_order=True),
+                "awq": Loads((4,), (4,), (7, 5), MARLIN_GROUPS),
+                "compressed-tensors": Loads(
+                    (4, 8),
+                    (4,),
+                    (7, 5),
+                    MARLIN_GROUPS,
+                    in_order=True,
+                    layouts=("pack-quantized", "int-quantized", "float-quantized"),
+                ),
+                "fp8": Loads((8,), (), (7, 5)),
+            },
+            elsewhere=frozenset({"gptq"}),
+            half=frozenset({"gptq", "awq", "compressed-tensors", "fp8"}),
         ),
         Backend(
             name="exllamav2",
@@ -135,7 +194,7 @@ BACKENDS: dict[str, Backend] = {
             # pandas and fastparquet: its converter's tokenize.py imports them whatever the calibration is.
             packages=("torch", "exllamav2", "tokenizers", "safetensors", "pandas", "fastparquet"),
             extra="exllamav2",
-            speed={"exl2": 3.0, "none": 1.1},
+            speed={"exl2": 3.0, "gptq": 2.5, "none": 1.1},
             keys=frozenset(
                 {
                     "quant.head_bits",
@@ -151,6 +210,7 @@ BACKENDS: dict[str, Backend] = {
             stages=("orchestrator.stages.exl2:quantize",),
             dtypes=("float16",),
             on_request=frozenset({"none"}),
+            loads={"exl2": Loads(), "gptq": Loads((4,))},
         ),
     )
 }

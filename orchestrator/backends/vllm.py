@@ -34,6 +34,7 @@ _WAIT_S = 0.02  # so long `events` waits before the host looks for commands agai
 _CLOSE_S = 8.0
 _DYING_S = 5.0  # so long after a request's error one of vLLM's processes may still end
 _LOG_TAIL = 1 << 20  # bytes
+_METHODS = ("none", "gptq", "awq", "compressed-tensors", "fp8")  # all but none as the checkpoint itself says them
 _REASONS = {"stop": "stop", "length": "length", "abort": "cancelled"}
 
 # A worker's exception as it stands in the log, behind the process's name and the logger's prefix.
@@ -93,7 +94,7 @@ class VllmEngine:
             EngineError: the method is not ours, or vLLM did not start: its root cause in one line.
             DoesNotFitError: vLLM found too little memory.
         """
-        if plan.method != "none":
+        if plan.method not in _METHODS:
             raise EngineError(f"the vllm engine has no method {plan.method}")
         self._plan = plan
         on_gpu = any(device.startswith("cuda") for device in plan.weights)
@@ -444,6 +445,8 @@ def _set_environment(plan: LoadPlan, on_gpu: bool) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(plan)
     else:
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # the plan says it in bytes
+        # Where a CPU has AMX, 4-bit linears would round their inputs to 8 bits: answers that depend on the CPU.
+        os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
         cpus = sorted(os.sched_getaffinity(0))
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", thread_binding(cpus, _world(plan)))
 

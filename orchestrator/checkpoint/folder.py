@@ -59,6 +59,11 @@ class Checkpoint:
     digests: dict[str, str]
     index_digest: str | None
 
+    @property
+    def quantized(self) -> bool:
+        """Whether config.json says that the weights are quantized already."""
+        return self.config.get("quantization_config") is not None
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """A model's folder, checked: every tensor named is there, in full, once. Links are followed.

@@ -1,8 +1,10 @@
 """The shapes that quantized linears had before they were packed, as far as their headers say them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+from orchestrator.checkpoint.roles import SpecTensor
 from orchestrator.checkpoint.tensors import DTYPES, TensorInfo
 
 Shape = tuple[int, ...]
@@ -100,3 +102,32 @@ def unpacked_shapes(tensors: Mapping[str, TensorInfo], quantization: dict[str, A
 
 def _is_plain(weight: TensorInfo) -> bool:
     return DTYPES[weight.dtype].floating
+
+
+def joined(tensors: Iterable[SpecTensor], linears: Mapping[str, tuple[Shape, str]]) -> Iterator[SpecTensor]:
+    """The tensors with the parts of each packed linear as one, in its real shape, where the first of them stood.
+
+    Args:
+        linears: name ("....weight") -> its real shape and its role.
+    """
+    owned: dict[str, list[SpecTensor]] = {}
+    for tensor in tensors:
+        owned.setdefault(_owner(tensor.name, linears), []).append(tensor)
+    for name, parts in owned.items():
+        if name not in linears or [part.name for part in parts] == [name]:
+            yield from parts
+            continue
+        shape, role = linears[name]
+        largest = max(parts, key=lambda part: part.nbytes)
+        size = sum(part.nbytes for part in parts)
+        yield replace(largest, name=name, shape=shape, nbytes=size, role=role, parts=tuple(parts))
+
+
+def _owner(name: str, linears: Mapping[str, object]) -> str:
+    """The linear that a tensor is a part of, however deep ("weight.quant_state.x"); else the tensor itself."""
+    path = name
+    while "." in path and not name.endswith(".bias"):
+        path = path.rpartition(".")[0]
+        if f"{path}.weight" in linears:
+            return f"{path}.weight"
+    return name

@@ -14,7 +14,8 @@ class SpecTensor:
     """One tensor as planning sees it.
 
     `role` is "embedding", "linear", "expert" (of one or of all experts of a layer), "head", "vision" (of an image
-    encoder or its projection) or "other"; packed tensors of a quantized linear are "other".
+    encoder or its projection) or "other". A quantized linear is one tensor of its real shape, and `parts` is what it
+    is stored as; of others it is empty.
     """
 
     name: str
@@ -23,6 +24,12 @@ class SpecTensor:
     nbytes: int
     role: str
     layer: int | None
+    parts: tuple["SpecTensor", ...] = ()
+
+    def part(self, *kinds: str) -> "SpecTensor | None":
+        """The first of these parts that there is: "qweight", "weight.absmax", ..."""
+        module = self.name.removesuffix("weight")
+        return next((part for kind in kinds for part in self.parts if part.name == module + kind), None)
 
 
 def layer_pattern(row: Architecture) -> re.Pattern[str]:

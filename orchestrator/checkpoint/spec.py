@@ -1,5 +1,6 @@
 """What a model's headers and config say about it: the facts that planning needs. No torch, no data read."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from orchestrator.checkpoint.dimensions import (
     configured,
     is_latent,
     model_parts,
+    shape_of,
 )
 from orchestrator.checkpoint.folder import Checkpoint
 from orchestrator.checkpoint.measure import contradictions, measured
-from orchestrator.checkpoint.packed import PADDED, unpacked_shapes
+from orchestrator.checkpoint.packed import PADDED, joined, unpacked_shapes
 from orchestrator.checkpoint.roles import SpecTensor as SpecTensor  # for those who have the spec
 from orchestrator.checkpoint.roles import layer_pattern, spec_tensors
 from orchestrator.checkpoint.tensors import PLAIN_FLOATS, TensorInfo
@@ -44,7 +46,7 @@ class ModelSpec:
         tied: the output head is the embedding (then `tensors` has no head).
         max_context: longest position of the config, in tokens.
         dtype: the commonest floating type of the weights by size, in safetensors' names.
-        parameters: elements of `tensors`, as stored (packed ones count as what they are packed into).
+        parameters: elements of `tensors`; of a packed linear those that it stands for.
         quantization: config.json's quantization_config; None for plain weights.
         notes: contradictions and how they were decided.
         layer_caches: what each layer keeps for every token.
@@ -117,6 +119,8 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
     layers = _layers(checkpoint, row, config, notes)
     sizes = _sizes(checkpoint, row, config, (layers, tied), quantization, notes)
     tensors = tuple(spec_tensors(checkpoint, row, layers, tied, quantization is not None, notes))
+    if quantization is not None:
+        tensors = _joined(checkpoint, row, config, layers, tied, sizes, tensors, notes)
     return ModelSpec(
         architecture=architecture_name(checkpoint.config),
         model_type=shown(checkpoint.config.get("model_type", "")),
@@ -130,7 +134,7 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
         tied=tied,
         max_context=config.maybe("max_position_embeddings") or config.maybe("seq_length") or row.max_context,
         dtype=main_dtype(checkpoint.tensors.values()),
-        parameters=sum(checkpoint.tensors[tensor.name].parameters for tensor in tensors),
+        parameters=sum(math.prod(tensor.shape) for tensor in tensors),
         quantization=quantization,
         notes=tuple(notes),
         tensors=tensors,
@@ -240,6 +244,39 @@ def _sizes(
                 sizes, notes, "the weights are quantized: dimensions are read off their packed shapes", against
             )
     return _noted(configured(row, config), notes, "the weights are quantized: dimensions are config.json's", [])
+
+
+def _joined(
+    checkpoint: Checkpoint,
+    row: Architecture,
+    config: ConfigValues,
+    layers: int,
+    tied: bool,
+    sizes: Sizes,
+    tensors: tuple[SpecTensor, ...],
+    notes: list[str],
+) -> tuple[SpecTensor, ...]:
+    """The tensors of a quantized model, each packed linear as one; biases that the architecture has not are left out.
+
+    Raises:
+        CheckpointError: a tensor of the architecture of which nothing is stored, packed or not.
+    """
+    module = row.head.removesuffix("weight")
+    packed_head = any(name.startswith(module) and name != row.head for name in checkpoint.tensors)
+    parts = dict(model_parts(row, config, layers, sizes.experts, tied and not packed_head, checkpoint.tensors))
+    roles = {"linear", "expert", "head"}
+    linears = {name: (shape_of(part, sizes), part.role) for name, part in parts.items() if part.role in roles}
+    found = tuple(joined(tensors, linears))
+    there = {tensor.name for tensor in found}
+    for name in parts:
+        if name not in there:
+            raise _missing(checkpoint, name, layers)
+    kept = tuple(t for t in found if t.name in parts or not t.name.endswith(".bias") or t.layer is None)
+    if len(kept) < len(found):
+        notes.append(
+            f"{len(found) - len(kept)} biases that a {architecture_name(checkpoint.config)} has not are left out"
+        )
+    return kept
 
 
 def _noted(sizes: Sizes, notes: list[str], note: str, more: list[str]) -> Sizes:

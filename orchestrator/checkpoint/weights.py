@@ -36,6 +36,8 @@ MODEL_FORMATS = (
         r"model-([0-9]{5})-of-([0-9]{5})\.safetensors",
     ),
     Format("bin", "pytorch_model.bin", "pytorch_model.bin.index.json", r"pytorch_model-([0-9]{5})-of-([0-9]{5})\.bin"),
+    # As exllamav2's converter names them; an index beside them is that of the model that it was given.
+    Format("safetensors", "output.safetensors", shard=r"output-([0-9]{5})-of-([0-9]{5})\.safetensors"),
 )
 """In order of preference."""
 
@@ -114,7 +116,7 @@ def _read_set(files: Files, form: Format) -> WeightSet:
         names = list(dict.fromkeys(sorted(where.values())))
         return _read_files(form, files, names, where, hashlib.sha256(data).hexdigest(), _strays(files, form, names))
     names = _all_shards(files, form)
-    notes = (f"there is no {form.index}: the shards were found by their names",)
+    notes = (f"there is no {form.index}: the shards were found by their names",) if form.index else ()
     return _read_files(form, files, names, None, None, notes)
 
 
@@ -138,7 +140,7 @@ def _all_shards(files: Files, form: Format) -> list[str]:
         other = shown(min(found - set(wanted)))
         raise CheckpointError(
             f"{shown(files.path, 400)} has shards of two models: {wanted[0]} and {other}",
-            f"Remove those of one, or add {form.index}.",
+            f"Remove those of one{f', or add {form.index}' if form.index else ''}.",
         )
     return wanted
 

@@ -6,28 +6,32 @@ from collections.abc import Iterator
 
 from orchestrator.backends.known_models import LOADED, counted
 from orchestrator.backends.table import BACKENDS, METHODS, Backend
+from orchestrator.checkpoint.quantized import Quantized
 from orchestrator.checkpoint.spec import ModelSpec
 from orchestrator.config import ENGINE_KEYS, Config, get
 from orchestrator.errors import ConfigError, EngineUnavailableError, OrchestratorError
 from orchestrator.hardware import BF16, GIB, Hardware
+from orchestrator.plan.packed import not_loaded, quantized_of
 from orchestrator.plan.ranking import GOAL_CONTEXT, IN_FLIGHT
 from orchestrator.plan.types import Ask
 
 
 def asks_of(config: Config, spec: ModelSpec, hardware: Hardware) -> Iterator[Ask]:
     set_keys = {key for key in ENGINE_KEYS if get(config, key) is not None}
+    stored = quantized_of(spec)
     for backend in BACKENDS.values():
         if config.backend.name not in ("auto", backend.name) or not set_keys <= backend.keys:
             continue
-        if config.backend.name == "auto" and hardware.device not in backend.automatic and not set_keys:
+        automatic = hardware.device in backend.automatic or bool(set_keys) or stored is not None
+        if config.backend.name == "auto" and not automatic:
             continue
         if backend.cache_bits and config.cache.bits not in (None, *backend.cache_bits):
             continue  # of another engine that was not named
-        if (refusal := _refusal(backend, spec, hardware)) is not None:
+        if (refusal := _refusal(backend, spec, hardware, stored)) is not None:
             if config.backend.name == backend.name:
                 raise refusal
             continue
-        for method, bits in _widths(config, backend, hardware):
+        for method, bits in _widths(config, backend, hardware) if stored is None else [(stored.method, stored.bits)]:
             if method == "none" and any(key.startswith("quant.") for key in set_keys):
                 continue  # they say how to quantize
             if config.quant.double and method not in ("nf4", "fp4"):
@@ -40,7 +44,9 @@ def asks_of(config: Config, spec: ModelSpec, hardware: Hardware) -> Iterator[Ask
                 method=method,
                 bits=bits,
                 dtype=dtype,
-                double_quant=bool(config.quant.double) and method in ("nf4", "fp4"),
+                double_quant=bool(config.quant.double) and method in ("nf4", "fp4")
+                if stored is None
+                else stored.double,
                 max_context=config.model.max_context,
                 goal=GOAL_CONTEXT,
                 max_in_flight=config.run.in_flight or IN_FLIGHT[0],
@@ -48,8 +54,32 @@ def asks_of(config: Config, spec: ModelSpec, hardware: Hardware) -> Iterator[Ask
             )
 
 
-def _refusal(backend: Backend, spec: ModelSpec, hardware: Hardware) -> OrchestratorError | None:
+def none_loads(config: Config, spec: ModelSpec, hardware: Hardware, stored: Quantized) -> OrchestratorError:
+    """Why nothing that was asked for runs a checkpoint that is quantized already."""
+    what = f"the model is quantized already ({stored.label})"
+    loaders = [b for b in BACKENDS.values() if config.backend.name in ("auto", b.name) and stored.format in b.loads]
+    if not loaders:
+        return ConfigError(f"{what}, and no engine here loads that as it is; {known(spec)}", _UNQUANTIZED)
+    refusals = [r for backend in loaders if (r := _refusal(backend, spec, hardware, stored)) is not None]
+    if absent := next((error for error in refusals if isinstance(error, EngineUnavailableError)), None):
+        return EngineUnavailableError(f"{what}, and {absent.message}", absent.hint)
+    if reasons := [why for backend in loaders if (why := not_loaded(backend, stored))]:
+        return ConfigError(f"{what}, and {'; '.join(reasons)}; {known(spec)}", _UNQUANTIZED)
+    if refusals:
+        return refusals[0]
+    return ConfigError(f"{what}, and {nothing_matches(config)}", "Leave out what is not the checkpoint's own.")
+
+
+_UNQUANTIZED = "Set model.path to the unquantized model."
+
+
+def _refusal(
+    backend: Backend, spec: ModelSpec, hardware: Hardware, stored: Quantized | None
+) -> OrchestratorError | None:
     """Why an engine can run nothing of this model on this hardware; None where it can."""
+    if stored is not None and (why := not_loaded(backend, stored)):
+        what = f"the model is quantized already ({stored.label})"
+        return ConfigError(f"{what}, and {why}; {known(spec)}", _UNQUANTIZED)
     if hardware.device not in backend.devices:
         return EngineUnavailableError(
             f"backend={backend.name} needs a CUDA GPU, and there is none here",
@@ -112,10 +142,12 @@ def _dtype(config: Config, backend: Backend, method: str, bits: float, hardware:
             return asked if bits == (32 if asked == "float32" else 16) else None
         if bits == 32:
             return "float32"
+    elif method in backend.half and asked == "float32":
+        return None
     elif asked != "auto":
         return asked
     if not hardware.gpus:
-        return "bfloat16" if method == "none" else "float32"
+        return "bfloat16" if method == "none" or method in backend.half else "float32"
     return "bfloat16" if all(gpu.capability >= BF16 for gpu in hardware.gpus) else "float16"
 
 

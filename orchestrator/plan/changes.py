@@ -89,7 +89,7 @@ def _least_context(config: Config, spec: ModelSpec) -> int:
 def _best(config: Config, hardware: Hardware, spec: ModelSpec, counts: Callable[[Candidate], bool]) -> Candidate | None:
     goal = goal_of(config, spec)
     candidates = (estimate(config, spec, hardware, ask) for ask in asks_of(config, spec, hardware))
-    return min(filter(counts, candidates), key=lambda c: rank(c, goal), default=None)
+    return min((c for c in candidates if counts(c) and not c.needs), key=lambda c: rank(c, goal), default=None)
 
 
 def _costs(kind: _Kind, found: Candidate) -> str:

@@ -80,8 +80,21 @@ def _other_bytes(spec: ModelSpec, tensor: SpecTensor) -> int:
     return _HALF * count
 
 
+def _packed_bytes(tensor: SpecTensor) -> tuple[int, int]:
+    """(on the GPU, in the file) of a linear that is stored quantized, by its headers (ext.py's make_q_matrix).
+
+    EXL2 as for `linear_loaded_bytes`. GPTQ gets two 16-bit permutations beside the g_idx that it has.
+    """
+    stored, rows = sum(part.nbytes for part in tensor.parts), tensor.shape[1]
+    if tensor.part("q_weight"):
+        return stored + 4 * rows - (4 * rows if f".{_PERMUTED}." in tensor.name else 0), stored
+    return stored + (4 * rows if tensor.part("g_idx") else 0), stored
+
+
 def _linear_bytes(tensor: SpecTensor, bits: float, quantized: bool) -> tuple[int, int]:
     """(on the GPU, in the file)."""
+    if tensor.parts:
+        return _packed_bytes(tensor)
     out, rows = pad32(tensor.shape[0]), tensor.shape[1]
     if not quantized:
         return _HALF * out * rows, _HALF * out * rows
@@ -94,7 +107,10 @@ def embedding_bytes(spec: ModelSpec) -> int:
 
 
 def pieces(spec: ModelSpec, bits: float, head_bits: int, quantized: bool, context: int) -> list[Piece]:
-    """The model's modules on the GPUs, in the order of loading. All layers are taken to have the same width."""
+    """The model's modules on the GPUs, in the order of loading.
+
+    All layers are taken to have the same width, but for those of a model that is quantized already.
+    """
     size: dict[tuple[int, str], list[int]] = {}
     last = 0
     for tensor in spec.tensors:
@@ -104,8 +120,8 @@ def pieces(spec: ModelSpec, bits: float, head_bits: int, quantized: bool, contex
         block = "mlp" if ".mlp." in tensor.name or "post_attention" in tensor.name else "attention"
         found = size.setdefault((tensor.layer, block), [0, 0])
         loaded, stored = (
-            _linear_bytes(tensor, bits, quantized)
-            if tensor.role == "linear"
+            _linear_bytes(tensor, bits, quantized and spec.quantization is None)
+            if tensor.role == "linear" or tensor.parts
             else (_other_bytes(spec, tensor), _other_bytes(spec, tensor))
         )
         found[0] += loaded
@@ -117,10 +133,20 @@ def pieces(spec: ModelSpec, bits: float, head_bits: int, quantized: bool, contex
         for block in ("attention", "mlp")
         if (layer, block) in size
     ]
-    columns = pad32(spec.vocab)
-    stored = head_file_bytes(spec.hidden, columns, head_bits) if quantized else _HALF * spec.hidden * columns
-    head = Piece(stored + (4 * spec.hidden if quantized else 0), stored, _dq(spec.hidden, columns), False)
+    loaded, stored = _head_bytes(spec, head_bits, quantized)
+    head = Piece(loaded, stored, _dq(spec.hidden, pad32(spec.vocab)), False)
     return [*blocks, Piece(last, last, 0, False), head]
+
+
+def _head_bytes(spec: ModelSpec, head_bits: int, quantized: bool) -> tuple[int, int]:
+    """(on the GPU, in the file) of the output head, which is there even where the embedding is tied to it."""
+    columns = pad32(spec.vocab)
+    plain = _HALF * spec.hidden * columns
+    if spec.quantization is not None:
+        packed = next((t for t in spec.tensors if t.role == "head" and t.parts), None)
+        return _packed_bytes(packed) if packed else (plain, plain)
+    stored = head_file_bytes(spec.hidden, columns, head_bits) if quantized else plain
+    return stored + (4 * spec.hidden if quantized else 0), stored
 
 
 def _dq(rows: int, columns: int) -> int:

@@ -25,6 +25,10 @@ CUDA_RUNTIME = 700 * MIB  # context, kernels and cuBLAS workspace of one process
 QUANT_BLOCK = 64  # bitsandbytes' 4-bit blocks: one float32 absmax each
 FLOAT32 = "e_score_correction_bias"  # transformers keeps it so whatever the dtype
 NESTED_BLOCK = 256  # double quantization: one float32 for so many absmax bytes
+# Parts of a stored linear that are no tensors once loaded: a JSON text (see `packed_bytes`), and an int8 layout's name.
+_STATE, _LAYOUT = "quant_state.", "weight_format"
+_NESTED = "nested_absmax"
+_OFFSET = 4  # bytes: of nested absmax, a float32 that the JSON text has
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,20 @@ def linear_bytes(shape: tuple[int, ...], method: str, dtype: str, double: bool) 
     return count * DTYPE_BYTES[dtype]
 
 
+def packed_bytes(tensor: SpecTensor) -> int:
+    """Bytes of a linear that is stored quantized, once loaded: as stored, its quant_state's text as what it says."""
+    held = (part for part in tensor.parts if _STATE not in part.name and not part.name.endswith(_LAYOUT))
+    nested = any(part.name.endswith(_NESTED) for part in tensor.parts)
+    return sum(part.nbytes for part in held) + nested * _OFFSET
+
+
 def tensor_bytes(tensor: SpecTensor, ask: Ask) -> int:
     """Bytes of one tensor once loaded: linears of the layers quantized, everything else in the dtype.
 
     Experts are no linears: transformers 5 holds them as one parameter, which bitsandbytes leaves as it is.
     """
+    if tensor.parts:
+        return packed_bytes(tensor)
     if tensor.name.endswith(FLOAT32):
         return math.prod(tensor.shape) * 4
     if tensor.role == "linear":
@@ -70,6 +83,8 @@ def units(spec: ModelSpec, ask: Ask, stored: bool = False) -> list[Unit]:
     first: dict[str, int] = {}
     layers: dict[int, tuple[str, int]] = {}
     last: dict[str, int] = {}
+    if spec.quantization is not None:
+        ask = replace(ask, method="none")  # what is quantized is; the rest stays as it is
     for tensor in spec.tensors:
         size = tensor.nbytes if stored else tensor_bytes(tensor, ask)
         if tensor.layer is not None:
@@ -130,6 +145,8 @@ def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: list[Unit], con
     offload = allowed(ask.settings, hardware.host_available - HOST_RUNTIME["cuda"])
     if plain.fits or offload is None:
         return plain
+    if spec.quantization is not None:
+        return replace(plain, reasons=(*plain.reasons, "what is quantized already cannot be offloaded"))
     if ask.method != "none" and not hardware.gpus:
         # As soon as a map names the CPU or the disk beside another device, transformers quantizes nothing there.
         reason = "bitsandbytes offloads from a GPU only; without one, backend=transformers offloads to a folder"

@@ -8,15 +8,15 @@ from dataclasses import replace
 from orchestrator.backends.known_models import counted, tried
 from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.spec import ModelSpec
-from orchestrator.checkpoint.trust import shown
 from orchestrator.config import Config
 from orchestrator.engine.interpreters import require
 from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError
 from orchestrator.hardware import BF16, GIB, Hardware
 from orchestrator.plan import offload
-from orchestrator.plan.asks import asks_of, known, nothing_matches
+from orchestrator.plan.asks import asks_of, known, none_loads, nothing_matches
 from orchestrator.plan.changes import changes, smallest
 from orchestrator.plan.estimate import estimate, largest_context
+from orchestrator.plan.packed import check_asked, check_weights, quantized_of
 from orchestrator.plan.ranking import goal_of, rank
 from orchestrator.plan.types import Candidate, Plan
 
@@ -38,13 +38,13 @@ def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
     """
     _check_context(config, spec)
     offload.check_offload(config, bool(hardware.gpus))
-    if spec.quantization is not None:
-        method = shown(spec.quantization.get("quant_method", "unknown"), 40)
-        raise ConfigError(
-            f"the model is quantized already ({method}), and no engine of this version runs that; {known(spec)}",
-            "Set model.path to the unquantized model.",
-        )
+    stored = quantized_of(spec)
+    if stored is not None:
+        check_weights(spec, stored)
+        check_asked(config, stored)
     asks = list(asks_of(config, spec, hardware))
+    if not asks and stored is not None:
+        raise none_loads(config, spec, hardware, stored)
     if not asks:
         if not any(spec.architecture in counted(name) for name in BACKENDS):
             raise ConfigError(f"what an engine needs for a {spec.architecture} is not known here; {known(spec)}")
@@ -96,12 +96,20 @@ def runnable(plan: Plan, config: Config, hardware: Hardware) -> tuple[Candidate,
     With backend=auto an installed engine that fits comes before a better one that is not installed.
 
     Raises:
+        ConfigError: what was asked for needs a checkpoint that this version does not make.
         EngineUnavailableError: the engine that was asked for, or every one, is not installed.
     """
     fitting = [c for c in plan.candidates if c.fits]
     if config.backend.name == "auto":
+        fitting = [c for c in fitting if not c.needs] or fitting
         fitting = [c for c in fitting if c.installed] or fitting
     chosen = fitting[0]
+    if chosen.needs:
+        raise ConfigError(
+            f"{chosen.label} needs {chosen.needs}, and this version makes none",
+            "Make one with GPTQModel (pip install gptqmodel) and give its folder as model.path, or ask for another "
+            "method (quant.method, quant.bits, backend).",
+        )
     if hardware.device not in BACKENDS[chosen.backend].devices:
         raise EngineUnavailableError(f"backend={chosen.backend} needs a CUDA GPU, and there is none here")
     return chosen, require(BACKENDS[chosen.backend], config, hardware.device)

@@ -21,10 +21,11 @@ def goal_of(config: Config, spec: ModelSpec) -> int:
 
 def rank(candidate: Candidate, goal: int) -> tuple[float, ...]:
     speed = BACKENDS[candidate.backend].speed.get(candidate.method, 0.0)
+    needs = bool(candidate.needs)  # what nothing here makes comes behind all that can be run
     if not candidate.fits:  # nearest to fitting first
-        return (1, sum(device.total for device in candidate.devices))
+        return (needs, 1, sum(device.total for device in candidate.devices))
     offload_and_context = (is_short(candidate, goal), candidate.offloads, steps(candidate, goal))
-    return (0, *offload_and_context, loss(candidate), -candidate.bits, -speed, not candidate.installed)
+    return (needs, 0, *offload_and_context, loss(candidate), -candidate.bits, -speed, not candidate.installed)
 
 
 def steps(candidate: Candidate, goal: int) -> int:
@@ -43,7 +44,7 @@ def loss(candidate: Candidate) -> float:
 
 def why(chosen: Candidate, plan: Plan, config: Config) -> str:
     """The choice in one sentence."""
-    others = [c for c in plan.candidates if c is not chosen]
+    others = [c for c in plan.candidates if c is not chosen and not c.needs]
     if not others:
         return "nothing else matches the request"
     if not any(c.fits for c in others):

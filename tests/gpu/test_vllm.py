@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from orchestrator import embedded
+
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 torch = pytest.importorskip("torch")
 GIB = 2**30
@@ -92,3 +94,24 @@ def test_an_fp8_cache_holds_twice_the_tokens(tmp_path: Path, store: Path) -> Non
         pytest.skip("fp8 needs compute capability 8.9")
     result = run(tmp_path, store, "backend=vllm", "cache.bits=8", "quant.bits=16", "hardware.memory_gib=8", EAGER)
     assert all(answer["answer"].strip() for answer in result["answers"])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_gptq_folder(bits: int, width: int, tmp_path: Path, store: Path) -> None:
+    if torch.cuda.device_count() < width:
+        pytest.skip("too few GPUs")
+    from gptq_models import write_gptq
+
+    plain = tmp_path / "plain"
+    command = [sys.executable, "-m", "orchestrator", "task=convert", f"output.path={plain}", "convert.dtype=float16"]
+    places = [f"paths.artifacts={store}", f"paths.runs={tmp_path / 'convert'}"]
+    done = subprocess.run([*command, *places], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    write_gptq(plain, tmp_path / "gptq", bits)
+    options = (f"model.path={tmp_path / 'gptq'}", f"parallel.tensor={width}", f"prompts.file={embedded.PROMPTS}")
+    result = run(tmp_path / "run", store, "backend=vllm", "hardware.memory_gib=8", EAGER, *options)
+    assert (result["plan"]["method"], result["plan"]["bits"], result["stages_run"]) == ("gptq", bits, [])
+    for gpu in result["plan"]["gpus"]:
+        assert gpu["weights"] == pytest.approx(result["measured"]["placement"][gpu["device"]], rel=0.02, abs=1 << 16)
+    assert any("`collections`" in answer["answer"] for answer in result["answers"])

@@ -295,7 +295,9 @@ def test_a_quantized_model_s_dimensions_are_the_config_s(tmp_path):
     quantization = {"quant_method": "gptq", "bits": 4}
     spec = spec_of(tmp_path, plain | packed, num_hidden_layers=1, quantization_config=quantization)
     assert (spec.quantization, spec.dtype, spec.heads) == (quantization, "F16", 4)
-    assert {tensor.role for tensor in spec.tensors if "proj" in tensor.name} == {"other"}
+    linears = [tensor for tensor in spec.tensors if "proj" in tensor.name]
+    assert {(t.role, t.dtype, t.nbytes, len(t.parts)) for t in linears} == {("linear", "I32", 64, 1)}
+    assert linears[0].part("scales", "qweight") == linears[0].parts[0]
 
 
 @pytest.mark.parametrize("module", ["folder", "spec", "adapter", "reader", "writer", "carry", "tied"])

@@ -66,7 +66,7 @@ def test_there_is_a_choice_for_every_backend_and_task() -> None:
         (["hardware=4x24gb", "hardware.cards=0"], "hardware.cards=0"),
         (["convert.shard_size=big"], "500MB"),
         (["model.dtype=fp16"], "float16"),
-        (["quant.method=awq"], "nf4"),
+        (["quant.method=marlin"], "nf4"),
         (["artifacts.action=delete"], "prune"),
         (["backend.name=vllmm"], "backend.name=vllmm"),
         (["merge.base=nf4", "model.path=base"], "merge.base"),

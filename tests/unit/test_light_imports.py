@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import packed_models
 import pytest
 import small_models
 
@@ -49,6 +50,13 @@ def test_a_plan_loads_no_engine(tmp_path: Path, hardware: str) -> None:
     lora = small_models.write_adapter(tmp_path / "lora", small_models.Llama())
     argv = ("task=plan", f"model.path={model}", f"model.adapter={lora}", f"hardware={hardware}")
     code, modules = modules_after(tmp_path, *argv, "backend=exllamav2" if hardware == "4x24gb" else "backend=auto")
+    assert code == 0
+    assert not modules & ENGINES
+
+
+def test_a_plan_of_packed_weights_loads_no_engine(tmp_path: Path) -> None:
+    model = packed_models.write_packed(tmp_path / "model", small_models.Llama(), "gptq")
+    code, modules = modules_after(tmp_path, "task=plan", f"model.path={model}", "hardware=4x24gb")
     assert code == 0
     assert not modules & ENGINES
 

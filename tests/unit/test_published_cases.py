@@ -35,9 +35,10 @@ from orchestrator.checkpoint.spec import ModelSpec, model_spec
 from orchestrator.config import Config
 from orchestrator.errors import ConfigError, DoesNotFitError
 from orchestrator.hardware import GIB, MIB, Hardware, detect
-from orchestrator.plan import gptq_sizes, huggingface
+from orchestrator.plan import huggingface
 from orchestrator.plan.planner import make_plan, must_fit
 from orchestrator.plan.types import Ask, Candidate
+from orchestrator.plan.vllm_shards import Packing
 
 pytestmark = pytest.mark.usefixtures("hydra", "every_engine", "no_margins")
 
@@ -119,9 +120,10 @@ def test_deepseek_v3_as_it_is_published(spec_of: SpecOf) -> None:
 
 
 def packed_bytes(spec: ModelSpec, row: Packed, beside: Callable[[tuple[int, ...]], int]) -> int:
-    """Of a checkpoint whose linears are packed, with so many bytes more for each of them."""
+    """Of a checkpoint whose linears are packed, with so many bytes beside the packed ones of each."""
+    packing = Packing(row.bits, row.group, zeros=True)
     return sum(
-        gptq_sizes.linear_bytes(tensor.shape, row.bits, row.group) + beside(tensor.shape)
+        packing.nbytes(*tensor.shape[-2:], tensor.shape[-1]) + beside(tensor.shape)
         if tensor.role in ("linear", "expert")
         else 2 * math.prod(tensor.shape)
         for tensor in spec.tensors
@@ -130,15 +132,16 @@ def packed_bytes(spec: ModelSpec, row: Packed, beside: Callable[[tuple[int, ...]
 
 @pytest.mark.parametrize("row", GPTQ, ids=named)
 def test_gptq_checkpoints(spec_of: SpecOf, row: Packed) -> None:
-    """AutoGPTQ, which made them, adds a bias of zeros to every linear; then all digits of the cards are met."""
+    """The group of each input beside; AutoGPTQ's also have a bias of zeros: then all digits of the cards are met."""
     spec = spec_of(row.name)
-    assert packed_bytes(spec, row, lambda shape: 0) / GB == pytest.approx(row.gigabytes, rel=0.005)
-    assert packed_bytes(spec, row, lambda shape: 2 * shape[0]) / GB == pytest.approx(row.gigabytes, abs=0.0051)
+    assert packed_bytes(spec, row, lambda shape: 4 * shape[1]) / GB == pytest.approx(row.gigabytes, rel=0.005)
+    with_bias = packed_bytes(spec, row, lambda shape: 4 * shape[1] + 2 * shape[0])
+    assert with_bias / GB == pytest.approx(row.gigabytes, abs=0.0051)
 
 
 @pytest.mark.parametrize("row", AWQ, ids=named)
 def test_awq_packs_the_same_without_the_order_of_the_rows(spec_of: SpecOf, row: Packed) -> None:
-    size = packed_bytes(spec_of(row.name), row, lambda shape: -4 * shape[1])
+    size = packed_bytes(spec_of(row.name), row, lambda shape: 0)
     assert size / GB == pytest.approx(row.gigabytes, abs=0.0051)
 
 

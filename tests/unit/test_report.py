@@ -28,7 +28,7 @@ from orchestrator.plan.types import Change, Plan
 from orchestrator.report import merge as merge_report
 from orchestrator.report.console import size
 from orchestrator.report.plan import BAR as BAR_CELLS
-from orchestrator.report.plan import bars, candidates_table, changes_table
+from orchestrator.report.plan import bars, candidates_table, changes_table, legend
 from orchestrator.report.tables import plan_table, short
 
 ROOT = Path(__file__).parents[2]
@@ -80,20 +80,20 @@ def test_a_plan_has_a_line_a_device(plan: Plan) -> None:
 
 
 def test_candidates_have_a_line_each(plan: Plan) -> None:
-    _, head, _, *rows, caption = lines(candidates_table(plan))
+    _, head, _, *rows = lines(candidates_table(plan))
     assert head.split() == ["engine", "fits", "over", "weights", "cache", "scratch", "left", "context"]
     assert len(rows) == len(plan.candidates) > 3
-    assert caption.startswith("GiB on the fullest device")
+    assert [text[0] for text in legend(plan)] == ["G", "+"]
     for row, candidate in zip(rows, plan.candidates, strict=True):
-        assert row.startswith(candidate.backend)
+        assert row.startswith(candidate.backend + "+" * bool(candidate.needs))
         assert re.search(r" (yes|no|host|disk) +(TP \d|\d GPUs|cuda:\d|cpu) ", row)
         assert row.split()[-1] == (str(candidate.largest_context) if candidate.fits else "-")
         assert float(row.split()[-2]) == pytest.approx(candidate.fullest.left / 2**30, abs=0.06)
 
 
 def test_a_bar_for_each_gpu_is_as_long_as_what_it_holds(plan: Plan) -> None:
-    *rows, legend = [line.plain for line in bars(plan.chosen)]
-    assert legend.split()[1::2][0] == "weights"
+    *rows, shades = [line.plain for line in bars(plan.chosen)]
+    assert shades.split()[1::2][0] == "weights"
     assert len(rows) == len(plan.chosen.gpus)
     for row, device in zip(rows, plan.chosen.gpus, strict=True):
         assert row.startswith(device.device)

@@ -1,0 +1,92 @@
+"""Checkpoints that are quantized already, as a user types it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import Orchestrator
+from exl2_models import write_exl2
+from packed_models import write_packed
+from small_models import Llama, write_adapter
+
+SHAPE = Llama(hidden=512, heads=8, kv_heads=4, intermediate=1024, vocab=1000)
+QUESTION = "What does len do?"
+
+
+@pytest.fixture(scope="module")
+def gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_packed(tmp_path_factory.mktemp("models") / "gptq", SHAPE, "gptq")
+
+
+def test_a_plan_of_a_gptq_folder(orchestrator: Orchestrator, gptq: Path) -> None:
+    done = orchestrator("task=plan", f"model.path={gptq}", "hardware=2x24gb", "parallel.tensor=2")
+    assert done.code == 0, done.err
+    plan = done.json("plan.json")
+    assert (plan["backend"], plan["method"], plan["bits"], plan["tensor_parallel"]) == ("vllm", "gptq", 4.0, 2)
+    assert plan["needs"] == ""
+    assert done.err.count("quantized") >= 1
+
+
+def test_a_plan_of_an_exl2_folder(orchestrator: Orchestrator, tmp_path: Path) -> None:
+    folder = write_exl2(tmp_path / "exl2", SHAPE)
+    done = orchestrator("task=plan", f"model.path={folder}", "hardware=1x24gb")
+    assert done.code == 0, done.err
+    assert done.json("plan.json")["backend"] == "exllamav2"
+
+
+def test_gptq_in_the_plan_of_a_model_that_is_not_quantized(
+    orchestrator: Orchestrator, long_winded: Path, gptq: Path
+) -> None:
+    done = orchestrator("task=plan", f"model.path={long_winded}", "hardware=1x24gb")
+    needs = {c["needs"] for c in done.json("plan.json")["candidates"] if c["method"] == "gptq"}
+    assert needs == {f"a GPTQ checkpoint of it ({bits} bits, groups of 128)" for bits in (4, 8)}
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "said"),
+    [
+        (["quant.bits=8"], 2, "quant.bits=8 cannot be made of it"),
+        (["quant=nf4"], 2, "quant.method=nf4 cannot be made of it"),
+        (["backend=bitsandbytes"], 2, "does not load gptq checkpoints (backend=vllm or exllamav2 does)"),
+        (["backend=exllamav2"], 4, "needs a CUDA GPU"),
+        (["backend=vllm", "task=plan", "hardware=2x24gb", "parallel.tensor=16"], 3, "does not divide"),
+    ],
+)
+def test_what_it_cannot_be_asked_for(
+    orchestrator: Orchestrator, gptq: Path, argv: list[str], code: int, said: str
+) -> None:
+    done = orchestrator(
+        f"model.path={gptq}", "prompts.text=hi", *(argv if "task=plan" in argv else ["task=plan", *argv])
+    )
+    assert done.code == code, done.err
+    assert said in done.error
+
+
+def test_an_adapter_on_a_quantized_base(orchestrator: Orchestrator, gptq: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "lora", SHAPE)
+    done = orchestrator(f"model.path={gptq}", f"model.adapter={adapter}", "prompts.text=hi")
+    assert done.code == 2
+    assert "is quantized: an adapter cannot be merged into it" in done.error
+    assert "original 16-bit model" in done.error
+
+
+def test_a_folder_in_nf4_answers_and_nothing_is_made_for_it(
+    orchestrator: Orchestrator, merged: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    folder = tmp_path / "nf4"
+    shutil.copytree(merged, folder, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(merged, device_map={"": "cpu"}, quantization_config=options)
+    model.save_pretrained(folder)
+    done = orchestrator(f"model.path={folder}", f"prompts.text={QUESTION}", "hardware=cpu")
+    assert done.code == 0, done.err
+    result = done.json("result.json")
+    assert (result["plan"]["backend"], result["plan"]["method"], result["plan"]["bits"]) == ("bitsandbytes", "nf4", 4.0)
+    assert (result["artifacts"], result["stages_run"]) == ([], [])
+    assert result["measured"]["placement"] == result["plan"]["weights"]
+    assert done.answers[0]["answer"] == "Return the number of items in a container."
