@@ -46,11 +46,11 @@ class Share:
 
 @dataclass(frozen=True)
 class Lease:
-    """What a running run holds or is about to: `gpus` by their keys; `since`: whole seconds since the epoch."""
+    """What a running run holds or is about to: `gpus` by their keys; `since`: seconds since the epoch."""
 
     pid: int
     what: str
-    since: int
+    since: float
     gpus: dict[str, Share]
 
     def to_json(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Lease:
             ValueError, TypeError, KeyError, AttributeError: `to_json` did not write it.
         """
         shares = {str(name): Share(_count(s["asked"]), _count(s["others"])) for name, s in value["gpus"].items()}
-        return cls(_count(value["pid"]), str(value["what"]), _count(value["since"]), shares)
+        return cls(_count(value["pid"]), str(value["what"]), _time(value["since"]), shares)
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _acquired(what: str, choose: Callable[[], Wanted], say: Callable[[str], None
                 wanted = choose()
                 if wanted.room:
                     shares = {gpu.key: Share(size, max(0, gpu.unnamed)) for gpu, size in wanted.gpus.items()}
-                    mine = Lease(os.getpid(), what, int(time.time()), shares)
+                    mine = Lease(os.getpid(), what, time.time(), shares)
                     return _File.write(folder, json.dumps(mine.to_json()))
                 text, patience = _waiting(wanted, held), time.monotonic() + SETTLE_S
             except DoesNotFitError:
@@ -241,4 +241,10 @@ def _read(file: Path) -> Lease | None:
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _time(value: Any) -> float:
+    if type(value) is not float or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is not a time")
     return value
