@@ -12,9 +12,8 @@ from commands import Orchestrator, gone
 from leasing import Machine
 
 WANTS = ("backend=transformers", "prompts.text=hi")
-with_joblib = pytest.mark.skipif(
-    importlib.util.find_spec("hydra_plugins") is None, reason="hydra-joblib-launcher is not installed"
-)
+JOBLIB = importlib.util.find_spec("hydra_plugins") is not None
+with_joblib = pytest.mark.skipif(not JOBLIB, reason="hydra-joblib-launcher is not installed")
 
 
 @pytest.fixture
@@ -64,6 +63,13 @@ def test_without_a_gpu_nothing_is_written(orchestrator: Orchestrator, tmp_path: 
     done = orchestrator("hardware=cpu", "prompts.text=hi", "generation.max_tokens=1")
     assert done.code == 0, done.err
     assert not (tmp_path / "leases").exists()
+
+
+@pytest.mark.skipif(JOBLIB, reason="hydra-joblib-launcher is installed")
+def test_without_the_launcher_it_says_what_to_type(orchestrator: Orchestrator) -> None:
+    done = orchestrator("-m", "hydra/launcher=joblib", "task=plan", "quant.bits=4,8")
+    assert done.code == 4
+    assert "pip install 'orchestrator[sweep]'" in done.error
 
 
 @with_joblib
