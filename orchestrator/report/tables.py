@@ -65,9 +65,8 @@ def held_lines(hardware: Hardware) -> list[str]:
     lines = []
     for gpu in hardware.gpus:
         said = [f"{'' if h.held is None else size(h.held)} held by {_holder(h)}".strip() for h in gpu.held_by]
-        unseen = gpu.held - sum(holder.held or 0 for holder in gpu.held_by)
-        if unseen >= WORTH_SAYING and all(holder.held is not None for holder in gpu.held_by):
-            said.append(f"{size(unseen)} held by processes that cannot be seen from here")
+        if gpu.unnamed >= WORTH_SAYING and all(holder.held is not None for holder in gpu.held_by):
+            said.append(f"{size(gpu.unnamed)} held by processes that cannot be seen from here")
         if said:
             lines.append(f"GPU {gpu.index}: {', '.join(said)}")
     return lines
