@@ -35,6 +35,7 @@ def convert(
     on_status: OnStatus,
     env: Mapping[str, str] | None = None,
     limits: Sequence[int] = (),
+    watch: Callable[[], None] = lambda: None,
 ) -> Failure:
     """Runs a converter to its end, whatever that is: the caller judges by the files.
 
@@ -43,6 +44,7 @@ def convert(
         log: gets everything that it prints, appended.
         env: variables on top of this process's own.
         limits: bytes that it may take of each visible GPU; empty: all that there is.
+        watch: called again and again while it runs, and when it has ended.
 
     Returns:
         What to say if the files are not there: why it ended.
@@ -69,9 +71,11 @@ def convert(
     try:
         while not child.wait(_POLL_S):
             statuses.read()
+            watch()
     finally:  # also when a Ctrl-C interrupts the wait
         code = child.kill()
         ours.close()
+        watch()
     statuses.read()
     return Failure(module, code, log, start)
 

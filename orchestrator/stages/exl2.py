@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from orchestrator.backends.exl2_setup import visible_devices
 from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.carry import written_config
 from orchestrator.checkpoint.digest import digest
+from orchestrator.checkpoint.exl2_layout import TOLERANCE
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.checkpoint.folder import Checkpoint, carried_files, fingerprint, open_checkpoint
 from orchestrator.checkpoint.trust import shown
@@ -37,13 +39,20 @@ from orchestrator.plan.types import Candidate
 from orchestrator.report.console import note, size, steps
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages.converter import Failure, convert
-from orchestrator.stages.exl2_result import Linears, NotWhole, judge_measurement, judge_model
+from orchestrator.stages.exl2_job import Record
+from orchestrator.stages.exl2_measurement import (
+    FILE,
+    base_measurements,
+    check_fits,
+    expected_bits,
+    judge_measurement,
+)
+from orchestrator.stages.exl2_result import Linears, NotWhole, judge_model
 
 VERSION = "1"
 """Of both stages: part of an artifact's key, to be raised when the same inputs give other files."""
 
 MODULE = "exllamav2.conversion.convert_exl2"
-_JOB = "job_new.json"  # exllamav2's own record of how far it is
 _LENGTH = 2048  # tokens of a calibration row: its own default
 _ROWS = {"measure": 19, "quantize": 115}  # of the calibration data that ship with it
 _FILE_ROWS, _FILE_MEASURED = 100, 16  # of a file: its own defaults
@@ -84,28 +93,71 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
         return model
     length = _length(config, source)
     store = Store(folder(config.paths.artifacts))
-    inputs = _inputs(model, source)
-    measurement = _measurement_recipe(config, inputs, length)
-    recipe = Recipe(
-        "exl2",
-        VERSION,
-        {"bits": chosen.bits, "head_bits": config.quant.head_bits or _HEAD_BITS},
-        inputs | {"measurement": measurement.name if measurement else _file_input(config.quant.measurement)},
-    )
+    choice = _choose(store, config, model, source, length, chosen.bits)
     made: list[tuple[Artifact, bool]] = []
-    if store.find(recipe) is None:
+    if store.find(choice.recipe) is None:
         # Only now: a model that is there needs neither the converter nor a GPU.
         python = require(BACKENDS[chosen.backend], config, "cuda")
         if not nvml_gpus()[0]:
             raise EngineUnavailableError("the conversion to EXL2 needs a CUDA GPU, and there is none here")
         work = _Work(config, source, chosen, run, python, length)
-        measured = _measured(store, work, measurement, made)
-        made.append(_build(store, recipe, lambda out: _quantize(work, out, measured), _model_bytes(work), work))
+        measured = _measured(store, work, choice, made)
+        make = partial(_quantize, work, measurement=measured, whose=choice.whose)
+        made.append(_build(store, choice.recipe, make, _model_bytes(work), work))
     else:
-        made.append(_build(store, recipe, _never, 0, None))
+        made.append(_build(store, choice.recipe, _never, 0, None))
     artifacts = tuple(artifact for artifact, _ in made)
     built = tuple(artifact.name for artifact, now in made if now)
     return Model(artifacts[-1].path, (*model.artifacts, *artifacts), (*model.built, *built))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The model's recipe by the measurement that it is made with.
+
+    Attributes:
+        measurement: its recipe; None where the user gave a file.
+        whose: what it was measured on, for the manifest.
+    """
+
+    recipe: Recipe
+    measurement: Recipe | None
+    whose: str
+
+
+def _choose(store: Store, config: Config, model: Model, source: Checkpoint, length: int, bits: float | None) -> _Choice:
+    """The user's measurement; else the model's own, or its base's where only that is there.
+
+    A model that is there already wins over a measurement that is: those can have come and gone since.
+    """
+    inputs = _inputs(model, source)
+    options: dict[str, Any] = {"bits": bits, "head_bits": config.quant.head_bits or _HEAD_BITS}
+    own = _measurement_recipe(config, inputs, length)
+    if config.quant.measurement is not None:
+        # The key of a measurement of ours says the calibration; of a file it has to be said beside it.
+        given = own.inputs | {"measurement": _file_input(config.quant.measurement)}
+        return _Choice(Recipe("exl2", VERSION, options | own.options, given), None, "a file of the user's")
+    bases = base_measurements(store, own, model.artifacts[-1] if model.artifacts else None)
+    measurements = [(own, "this model"), *((recipe, "its base") for recipe in bases if _fits(store, recipe, source))]
+    choices = [
+        _Choice(Recipe("exl2", VERSION, options, inputs | {"measurement": recipe.name}), recipe, whose)
+        for recipe, whose in measurements
+    ]
+    done = (choice for choice in choices if store.find(choice.recipe))
+    measured = (choice for choice in choices if choice.measurement and store.find(choice.measurement))
+    return next(done, None) or next(measured, None) or choices[0]
+
+
+def _fits(store: Store, measurement: Recipe, source: Checkpoint) -> bool:
+    """Whether a base's measurement is there and serves this model: its merge may have changed shapes."""
+    found = store.find(measurement)
+    try:
+        if found is not None:
+            check_fits(found.path / FILE, source)
+    except NotWhole as error:
+        log.info("%s does not serve this model: it %s", measurement.name, error)
+        return False
+    return found is not None
 
 
 def _check_rope(source: Checkpoint) -> None:
@@ -141,10 +193,8 @@ def _file_input(path: str | None) -> dict[str, Any]:
     return {"size": file.stat().st_size, "xxh3_128": digest(file)}
 
 
-def _measurement_recipe(config: Config, inputs: dict[str, Any], length: int) -> Recipe | None:
-    """The recipe of the measurement; None where the user gave one."""
-    if config.quant.measurement is not None:
-        return None
+def _measurement_recipe(config: Config, inputs: dict[str, Any], length: int) -> Recipe:
+    """The recipe of the model's own measurement: the model and the calibration, no bits."""
     calibration = config.quant.calibration
     options: dict[str, Any] = {"length": length}
     if calibration.file is not None:
@@ -153,17 +203,21 @@ def _measurement_recipe(config: Config, inputs: dict[str, Any], length: int) -> 
     return Recipe("measurement", VERSION, options, inputs)
 
 
-def _measured(store: Store, work: _Work, recipe: Recipe | None, made: list[tuple[Artifact, bool]]) -> Path:
+def _measured(store: Store, work: _Work, choice: _Choice, made: list[tuple[Artifact, bool]]) -> Path:
     """The measurement file: the user's, the store's, or one that is made now."""
+    recipe = choice.measurement
     if recipe is None:
         path = folder(str(work.config.quant.measurement))
         try:
-            judge_measurement(path, work.source)
+            check_fits(path, work.source)
         except NotWhole as error:
             raise ConfigError(f"quant.measurement={path} is not of this model: it {error}") from None
+        note("quant.measurement: of blocks with the names and shapes of this model's, whichever was measured")
         return path
-    made.append(_build(store, recipe, lambda out: _measure(work, out), _states_bytes(work, "measure"), work))
-    return made[-1][0].path / "measurement.json"
+    if choice.whose != "this model":
+        note(f"measurement: that of {choice.whose} is used ({recipe.name}); nothing is measured anew")
+    made.append(_build(store, recipe, partial(_measure, work), _states_bytes(work, "measure"), work))
+    return made[-1][0].path / FILE
 
 
 def _build(
@@ -192,14 +246,14 @@ def _never(out: Path) -> Built:
 
 def _measure(work: _Work, out: Path) -> Built:
     """Builds the measurement artifact."""
-    result = out / "measurement.json"
+    result = out / FILE
     job = _Job(work, "measure", out / "work", result)
     job.arguments += ["-om", str(result), "-l", str(work.length), "-ml", str(work.length), *_calibration(work)]
     report = job.done(lambda: judge_measurement(result, work.source))
     return Built(report | {"source": work.source.path.name, "length": work.length}, {})
 
 
-def _quantize(work: _Work, out: Path, measurement: Path) -> Built:
+def _quantize(work: _Work, out: Path, measurement: Path, whose: str) -> Built:
     """Builds the EXL2 artifact: the model's files at the top of the partial folder, where a reader expects them."""
     result = out / "result"
     job = _Job(work, "quantize", out / "work", result)
@@ -209,10 +263,14 @@ def _quantize(work: _Work, out: Path, measurement: Path) -> Built:
     def judge() -> dict[str, Any]:
         # Also what an earlier, killed process has moved already.
         _move_up(result, out)
-        return judge_model(out, work.source, work.chosen.bits, work.head_bits)
+        return judge_model(out, work.source, work.chosen.bits, work.head_bits, expected)
 
+    expected = expected_bits(measurement, work.source, work.chosen.bits)
     report = job.done(judge)
-    return Built(report | {"source": work.source.path.name, "length": work.length}, {})
+    if not math.isclose(report["measured_bits"], work.chosen.bits, rel_tol=TOLERANCE):
+        note(f"its layers have {report['measured_bits']:.2f} bits per weight: no mix of widths comes nearer")
+    source = {"source": work.source.path.name, "length": work.length, "measured_on": whose}
+    return Built(report | source, {})
 
 
 def _move_up(result: Path, out: Path) -> None:
@@ -252,10 +310,11 @@ class _Job:
         Raises:
             StageError, DoesNotFitError: there is no whole result, with why.
         """
-        state = self._state()
+        record = Record(self._where, self.arguments, Linears.of(self._work.source).layers)
+        state = record.resume()
         if state != "finished":
             self._clear(everything=not state)
-            failure = self._run(state)
+            failure = self._run(state, record)
         else:
             failure = None
         try:
@@ -270,19 +329,6 @@ class _Job:
             shutil.rmtree(path, ignore_errors=True)
         return report
 
-    def _state(self) -> str:
-        """How far an earlier run came ("" where it cannot be continued): its own job file tells."""
-        try:
-            job = json.loads((self._where / _JOB).read_text(encoding="utf-8"))
-            ours = job["in_dir"] == str(self._input) and "invalid" not in job
-            target = job["output_measurement" if self._what == "measure" else "compile_full"]
-            return str(job["progress"]) if ours and target == str(self._result) else ""
-        except FileNotFoundError:
-            return ""
-        except (OSError, ValueError, KeyError, TypeError) as error:  # killed while it was written
-            log.warning("%s cannot be continued (%s): begun anew", self._where / _JOB, error)
-            return ""
-
     def _clear(self, everything: bool) -> None:
         """Removes what a killed run left: the half result always, its working folder where it is of no use."""
         for path in (self._result, *((self._where,) if everything else ())):
@@ -295,8 +341,9 @@ class _Job:
                 file.unlink()
         self._where.mkdir(exist_ok=True)
 
-    def _run(self, state: str) -> Failure:
+    def _run(self, state: str, record: Record) -> Failure:
         work = self._work
+        record.keep()
         _link_input(work.source, self._input)
         title = {"measure": "measuring", "quantize": f"quantizing to {work.chosen.bits:g} bits"}[self._what]
         if state:
@@ -316,6 +363,7 @@ class _Job:
                     "HF_HUB_OFFLINE": "1",
                 },
                 limits=[gpu.capacity for gpu in gpus] if capped else (),
+                watch=record.keep,
             )
 
 
