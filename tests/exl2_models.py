@@ -230,7 +230,7 @@ else:
     out = Path(args.cf)
     write_exl2(out, shape, args.b, args.hb, "model.norm.weight" if fault == "norm" else "")
     for file in Path(args.i).iterdir():
-        if not file.name.endswith((".safetensors", "config.json")):
+        if not file.name.endswith(".safetensors") and file.name != "config.json":
             shutil.copy(file, out / file.name)
     (out / "model.safetensors.index.json").write_text("{}")
 job["progress"] = "finished"
@@ -239,11 +239,33 @@ print(" -- Finished")
 """
 
 
+# What of pandas the calibration needs; its .parquet is JSON.
+PANDAS = """
+import json
+
+class DataFrame:
+    def __init__(self, columns):
+        self.columns = columns
+
+    def to_parquet(self, file, engine):
+        with open(file, "w") as out:
+            json.dump(self.columns, out)
+
+    def itertuples(self, index):
+        return zip(*self.columns.values())
+
+def read_parquet(file, engine):
+    with open(file) as lines:
+        return DataFrame(json.load(lines))
+"""
+
+
 def write_fake(folder: Path) -> Path:
-    """A package `exllamav2` whose converter is FAKE; returns what to put on the path."""
+    """A package `exllamav2` whose converter is FAKE, and a `pandas`; returns what to put on the path."""
     package = folder / "exllamav2" / "conversion"
     package.mkdir(parents=True)
     (folder / "exllamav2" / "__init__.py").touch()
     (package / "__init__.py").touch()
     (package / "convert_exl2.py").write_text(FAKE)
+    (folder / "pandas.py").write_text(PANDAS)
     return folder

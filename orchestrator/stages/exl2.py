@@ -24,7 +24,6 @@ from orchestrator.artifacts import MANIFEST, RECIPE_NAME, Artifact, Built, Recip
 from orchestrator.backends.exl2_setup import visible_devices
 from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.carry import written_config
-from orchestrator.checkpoint.digest import digest
 from orchestrator.checkpoint.exl2_layout import TOLERANCE
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.checkpoint.folder import Checkpoint, carried_files, fingerprint, open_checkpoint
@@ -39,6 +38,7 @@ from orchestrator.plan.types import Candidate
 from orchestrator.report.console import note, size, steps
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages.converter import Failure, convert
+from orchestrator.stages.exl2_calibration import Calibration, file_identity
 from orchestrator.stages.exl2_job import Record
 from orchestrator.stages.exl2_measurement import (
     FILE,
@@ -55,7 +55,6 @@ VERSION = "1"
 MODULE = "exllamav2.conversion.convert_exl2"
 _LENGTH = 2048  # tokens of a calibration row: its own default
 _ROWS = {"measure": 19, "quantize": 115}  # of the calibration data that ship with it
-_FILE_ROWS, _FILE_MEASURED = 100, 16  # of a file: its own defaults
 _HEAD_BITS = 6
 _STATUS_S = 2.0  # between two updates of status.json
 
@@ -72,6 +71,7 @@ class _Work:
     run: RunFolder
     python: str
     length: int
+    calibration: Calibration | None  # None: the engine's own
 
     @property
     def head_bits(self) -> int:
@@ -100,7 +100,10 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
         python = require(BACKENDS[chosen.backend], config, "cuda")
         if not nvml_gpus()[0]:
             raise EngineUnavailableError("the conversion to EXL2 needs a CUDA GPU, and there is none here")
-        work = _Work(config, source, chosen, run, python, length)
+        calibration = Calibration.of(config, length)
+        if calibration:
+            calibration.check(source.path, python)
+        work = _Work(config, source, chosen, run, python, length, calibration)
         measured = _measured(store, work, choice, made)
         make = partial(_quantize, work, measurement=measured, whose=choice.whose)
         made.append(_build(store, choice.recipe, make, _model_bytes(work), work))
@@ -135,7 +138,7 @@ def _choose(store: Store, config: Config, model: Model, source: Checkpoint, leng
     own = _measurement_recipe(config, inputs, length)
     if config.quant.measurement is not None:
         # The key of a measurement of ours says the calibration; of a file it has to be said beside it.
-        given = own.inputs | {"measurement": _file_input(config.quant.measurement)}
+        given = own.inputs | {"measurement": file_identity(folder(config.quant.measurement))}
         return _Choice(Recipe("exl2", VERSION, options | own.options, given), None, "a file of the user's")
     bases = base_measurements(store, own, model.artifacts[-1] if model.artifacts else None)
     measurements = [(own, "this model"), *((recipe, "its base") for recipe in bases if _fits(store, recipe, source))]
@@ -187,19 +190,12 @@ def _inputs(model: Model, source: Checkpoint) -> dict[str, Any]:
     return {"model": model.artifacts[-1].name if model.artifacts else fingerprint(source)}
 
 
-def _file_input(path: str | None) -> dict[str, Any]:
-    assert path is not None
-    file = folder(path)
-    return {"size": file.stat().st_size, "xxh3_128": digest(file)}
-
-
 def _measurement_recipe(config: Config, inputs: dict[str, Any], length: int) -> Recipe:
     """The recipe of the model's own measurement: the model and the calibration, no bits."""
-    calibration = config.quant.calibration
     options: dict[str, Any] = {"length": length}
-    if calibration.file is not None:
-        options["rows"] = calibration.rows or _FILE_ROWS
-        inputs = inputs | {"calibration": _file_input(calibration.file)}
+    if calibration := Calibration.of(config, length):
+        options["rows"] = calibration.rows
+        inputs = inputs | {"calibration": calibration.identity()}
     return Recipe("measurement", VERSION, options, inputs)
 
 
@@ -248,7 +244,7 @@ def _measure(work: _Work, out: Path) -> Built:
     """Builds the measurement artifact."""
     result = out / FILE
     job = _Job(work, "measure", out / "work", result)
-    job.arguments += ["-om", str(result), "-l", str(work.length), "-ml", str(work.length), *_calibration(work)]
+    job.arguments += ["-om", str(result), "-l", str(work.length), "-ml", str(work.length)]
     report = job.done(lambda: judge_measurement(result, work.source))
     return Built(report | {"source": work.source.path.name, "length": work.length}, {})
 
@@ -258,7 +254,7 @@ def _quantize(work: _Work, out: Path, measurement: Path, whose: str) -> Built:
     result = out / "result"
     job = _Job(work, "quantize", out / "work", result)
     job.arguments += ["-cf", str(result), "-m", str(measurement), "-b", str(work.chosen.bits)]
-    job.arguments += ["-hb", str(work.head_bits), "-l", str(work.length), *_calibration(work)]
+    job.arguments += ["-hb", str(work.head_bits), "-l", str(work.length)]
 
     def judge() -> dict[str, Any]:
         # Also what an earlier, killed process has moved already.
@@ -285,14 +281,6 @@ def _move_up(result: Path, out: Path) -> None:
             file.replace(out / file.name)
 
 
-def _calibration(work: _Work) -> list[str]:
-    calibration = work.config.quant.calibration
-    if calibration.file is None:
-        return []
-    rows = calibration.rows or _FILE_ROWS
-    return ["-c", str(folder(calibration.file)), "-r", str(rows), "-mr", str(min(rows, _FILE_MEASURED))]
-
-
 class _Job:
     """One run of the converter in a folder, continued where that folder has a usable job of its own."""
 
@@ -303,6 +291,7 @@ class _Job:
         self._result = result
         self._input = where.parent / "input"
         self.arguments = ["-i", str(self._input), "-o", str(where), "-so"]
+        self.arguments += work.calibration.arguments(where) if work.calibration else []
 
     def done(self, judge: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Runs it unless its result is there already; the report of the result.
@@ -344,6 +333,8 @@ class _Job:
     def _run(self, state: str, record: Record) -> Failure:
         work = self._work
         record.keep()
+        if work.calibration:
+            work.calibration.write(self._where, work.source.path, work.python)
         _link_input(work.source, self._input)
         title = {"measure": "measuring", "quantize": f"quantizing to {work.chosen.bits:g} bits"}[self._what]
         if state:
@@ -396,8 +387,7 @@ def _progress(run: RunFolder, title: str) -> Iterator[Callable[[str, float], Non
 
 def _states_bytes(work: _Work, what: str) -> int:
     """The hidden states of the calibration rows on the disk, twice while they are replaced, and the rest."""
-    asked = work.config.quant.calibration.rows
-    rows = _ROWS[what] if work.config.quant.calibration.file is None else (asked or _FILE_ROWS)
+    rows = work.calibration.rows if work.calibration else _ROWS[what]
     hidden = next(iter(Linears.of(work.source).layers.values()))[1]
     return 2 * rows * work.length * hidden * 2 + 2**24
 
