@@ -190,6 +190,8 @@ if fault == "nothing":
     sys.exit()
 if fault == "oom":
     raise type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2.00 GiB")
+if fault == "fault":
+    raise KeyError("hidden_size")
 if fault == "raise":
     raise ValueError("Hessian is not invertible")
 if fault == "overflow":

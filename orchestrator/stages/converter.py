@@ -114,14 +114,14 @@ class Failure:
 
     def __init__(self, module: str, code: int, log: Path, start: int) -> None:
         self.code = code
+        self.log = log
         self._module = module
-        self._log = log
         self._start = start
 
     def text(self) -> str:
         """What it wrote in this run, as far as it is near the end."""
         try:
-            with self._log.open("rb") as file:
+            with self.log.open("rb") as file:
                 file.seek(0, os.SEEK_END)
                 file.seek(max(self._start, file.tell() - _TAIL_BYTES))
                 return file.read().decode(errors="replace")
@@ -145,7 +145,7 @@ class Failure:
             missing: what is wrong with the result.
         """
         said = self.last_error()
-        hint = f"Its log: {self._log}"
+        hint = f"Its log: {self.log}"
         if any(sign in said for sign in _FULL):
             return DoesNotFitError(
                 f"the conversion ran out of GPU memory ({said})",

@@ -30,7 +30,7 @@ from orchestrator.checkpoint.folder import Checkpoint, carried_files, fingerprin
 from orchestrator.checkpoint.trust import shown
 from orchestrator.config import Config, folder
 from orchestrator.engine.interpreters import require
-from orchestrator.errors import ConfigError, EngineUnavailableError
+from orchestrator.errors import ConfigError, EngineUnavailableError, StageError
 from orchestrator.hardware import nvml_gpus
 from orchestrator.pipeline import Model
 from orchestrator.plan.exl2_sizes import head_file_bytes, pad32
@@ -40,6 +40,7 @@ from orchestrator.runfolder import RunFolder
 from orchestrator.stages.converter import Failure, convert
 from orchestrator.stages.exl2_calibration import Calibration, file_identity
 from orchestrator.stages.exl2_job import Record
+from orchestrator.stages.exl2_log import overflow, overflow_error
 from orchestrator.stages.exl2_measurement import (
     FILE,
     base_measurements,
@@ -47,7 +48,7 @@ from orchestrator.stages.exl2_measurement import (
     expected_bits,
     judge_measurement,
 )
-from orchestrator.stages.exl2_result import Linears, NotWhole, judge_model
+from orchestrator.stages.exl2_result import Linears, NotWhole, judge_model, verify_artifact
 
 VERSION = "1"
 """Of both stages: part of an artifact's key, to be raised when the same inputs give other files."""
@@ -109,6 +110,8 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
         made.append(_build(store, choice.recipe, make, _model_bytes(work), work))
     else:
         made.append(_build(store, choice.recipe, _never, 0, None))
+    if config.convert.verify:
+        _verify(store, made[-1][0], run)
     artifacts = tuple(artifact for artifact, _ in made)
     built = tuple(artifact.name for artifact, now in made if now)
     return Model(artifacts[-1].path, (*model.artifacts, *artifacts), (*model.built, *built))
@@ -161,6 +164,25 @@ def _fits(store: Store, measurement: Recipe, source: Checkpoint) -> bool:
         log.info("%s does not serve this model: it %s", measurement.name, error)
         return False
     return found is not None
+
+
+def _verify(store: Store, artifact: Artifact, run: RunFolder) -> None:
+    """Reads the result back (convert.verify).
+
+    Raises:
+        StageError: it is damaged.
+    """
+    run.status("verifying")
+    if problems := [*store.verify(artifact), *verify_artifact(artifact)]:
+        raise StageError(
+            f"{artifact.path} is damaged: {'; '.join(problems)}",
+            f"Remove it with task=artifacts artifacts.action=prune artifacts.name={artifact.name} and run it again.",
+        )
+    report = artifact.manifest["report"]
+    note(
+        f"verified: {len(artifact.files)} files by their digests, every linear's groups, order and scales; layers of "
+        f"{report['measured_bits']:.3f} bits per weight, a head of {report['measured_head_bits']:.3f}"
+    )
 
 
 def _check_rope(source: Checkpoint) -> None:
@@ -304,11 +326,17 @@ class _Job:
         if state != "finished":
             self._clear(everything=not state)
             failure = self._run(state, record)
+            wrong = overflow(failure.text())
         else:
-            failure = None
+            failure, wrong = None, ""
         try:
             report = judge()
+            if failure and wrong:  # whole, and of no use
+                self._clear(everything=True)
+                raise overflow_error(wrong, failure.log)
         except NotWhole as error:
+            if failure and wrong:
+                raise overflow_error(wrong, failure.log) from None
             if failure is None:  # it says that it is finished, and it is not
                 log.warning("%s: finished, but it %s: begun anew", self._where, error)
                 self._clear(everything=True)

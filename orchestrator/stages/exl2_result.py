@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.artifacts import Artifact
 from orchestrator.checkpoint.architectures import architecture_of, is_tied
 from orchestrator.checkpoint.carry import written_config
-from orchestrator.checkpoint.exl2_layout import TOLERANCE, Packed, check_data, mean_bits, packed_linears
+from orchestrator.checkpoint.exl2_layout import TOLERANCE, Packed, check_data, check_exl2, mean_bits, packed_linears
 from orchestrator.checkpoint.folder import Checkpoint, carried_files
 from orchestrator.checkpoint.safetensors_header import read_safetensors_header
 from orchestrator.checkpoint.tensors import TensorInfo
@@ -99,6 +100,18 @@ def judge_model(
         "tensors": len(tensors),
         "exllamav2": version,
     }
+
+
+def verify_artifact(artifact: Artifact) -> list[str]:
+    """What is wrong with the EXL2 files of an artifact, beside their digests: against their own headers, config.json
+    and the bits that they had when they were made."""
+    report = artifact.manifest.get("report")
+    bits = report.get("measured_bits") if isinstance(report, dict) else None
+    try:
+        check_exl2(artifact.path, bits)
+    except CheckpointError as error:
+        return [error.message]
+    return []
 
 
 def _head_name(source: Checkpoint) -> str:

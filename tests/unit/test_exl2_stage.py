@@ -20,13 +20,16 @@ from exl2_models import measurement, write_exl2
 from small_models import Llama, write_headers
 
 from orchestrator.artifacts import Built, Recipe, Store
+from orchestrator.checkpoint.digest import digest
 from orchestrator.checkpoint.folder import fingerprint, open_checkpoint
 from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError, StageError
 from orchestrator.pipeline import Model
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages import converter, exl2
+from orchestrator.stages.exl2_log import overflow
 from orchestrator.stages.exl2_measurement import expected_bits, judge_measurement
 from orchestrator.stages.exl2_result import NotWhole, judge_model
+from orchestrator.tasks.artifacts import artifacts
 
 BETWEEN = "job_new.json is of a crash between two checkpoints"
 
@@ -190,7 +193,9 @@ def test_what_the_converter_is_given(bench: Bench) -> None:
     ("fault", "kind", "message"),
     [
         ("nothing", StageError, "ended with code 0 and wrote no measurement; its last error: Error: 7 is not a sup"),
-        ("raise", StageError, "ended with code 1 and wrote no measurement; its last error: ValueError: Hessian is not"),
+        ("fault", StageError, "ended with code 1 and wrote no measurement; its last error: KeyError: 'hidden_size'"),
+        ("raise", StageError, "cannot convert this model: a Hessian that cannot be inverted"),
+        ("overflow", StageError, r"hidden states beyond float16's range in model\.layers\.1 \(MLP\)"),
         ("oom", DoesNotFitError, r"ran out of GPU memory \(.*CUDA out of memory"),
     ],
 )
@@ -203,6 +208,38 @@ def test_a_converter_that_gives_nothing(
     assert "convert.log" in str(caught.value)
     monkeypatch.delenv("FAKE_FAULT")
     assert len(bench.quantize().built) == 2
+
+
+def test_a_whole_model_of_nonsense(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_FAULT", "nan")
+    with pytest.raises(StageError, match=r"results that are no numbers \(NaN\) in model\.layers\.1 \(MLP\)") as caught:
+        bench.quantize()
+    assert "Type backend=bitsandbytes quant.bits=4" in caught.value.hint
+    with pytest.raises(StageError, match="no numbers"):  # nothing of it is taken for finished
+        bench.quantize()
+    monkeypatch.delenv("FAKE_FAULT")
+    assert len(bench.quantize().built) == 1
+
+
+def test_verify_looks_into_the_files(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    model = bench.quantize(4.0, "convert.verify=true")
+    assert "verified: 3 files by their digests, every linear's groups, order and scales; layers of 3.9" in (
+        capsys.readouterr().err
+    )
+    artifacts(bench.config("artifacts.action=verify"), bench.run)
+    store, artifact = Store(bench.folder / "store"), model.artifacts[-1]
+    other = write_exl2(bench.folder / "other", SHAPE, 5)  # as if it had been made wrong: its digests are right
+    (model.path / "output.safetensors").write_bytes((other / "output.safetensors").read_bytes())
+    manifest = json.loads((model.path / "manifest.json").read_text())
+    file = model.path / "output.safetensors"
+    manifest["files"][file.name] |= {"size": file.stat().st_size, "xxh3_128": digest(file)}
+    (model.path / "manifest.json").write_text(json.dumps(manifest))
+    assert store.verify(store.finished()[0]) == []
+    with pytest.raises(StageError, match=rf"1 of 2 artifacts are damaged: {artifact.name}"):
+        artifacts(bench.config("artifacts.action=verify"), bench.run)
+    assert f"{artifact.name}: {model.path}: its layers have 4.9" in capsys.readouterr().out
+    with pytest.raises(StageError, match=r"is damaged: .*its layers have 4\.9\d+ bits per weight, not 3\.9"):
+        bench.quantize(4.0, "convert.verify=true")
 
 
 def test_a_model_that_is_not_whole(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,3 +490,33 @@ def test_errors_in_a_log(tmp_path: Path) -> None:
     killed = converter.Failure("m", -9, log, start).error("wrote nothing")
     assert "was killed by signal 9 and wrote nothing" in killed.message
     assert "it continues" in killed.hint
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        (
+            " -- Layer: model.layers.3 (Attention)\n ## Measurement/inference error (2): hidden_states",
+            "(NaN) in model.layers.3",
+        ),
+        (" -- Layer: model.layers.3 (MLP)\n ## Measurement/inference error (1)", "no width that gives back"),
+        (" -- Sublayer: model.layers.0.mlp\n ## Measurement/inference error (1)", "in model.layers.0.mlp"),
+        (
+            " -- Layer: lm_head\n -- Module quantized, calibration perplexity (quant): nan",
+            "no numbers (NaN) in lm_head",
+        ),
+        (" -- Module quantized, rfn_error: inf", "results that are no numbers"),
+        ("OverflowError: math range error", "a perplexity beyond any number"),
+    ],
+)
+def test_signs_of_an_overflow(lines: str, found: str) -> None:
+    assert found in overflow(f" -- Beginning new job\n{lines}\n")
+
+
+def test_no_sign_of_an_overflow() -> None:
+    lines = (
+        " -- Layer: model.layers.3 (MLP)\n !! Measurement/inference warning (3): hidden_states\n !! clamping state\n"
+        " -- Module quantized, rfn_error: 0.001234\n -- Module quantized, calibration perplexity (quant): 8.1234\n"
+        " !! Warning: Applied additional damping\n"
+    )
+    assert overflow(lines) == ""
