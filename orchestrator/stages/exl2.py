@@ -29,6 +29,7 @@ from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.checkpoint.folder import Checkpoint, carried_files, fingerprint, open_checkpoint
 from orchestrator.checkpoint.trust import shown
 from orchestrator.config import Config, folder
+from orchestrator.engine.cuda_build import require_build
 from orchestrator.engine.interpreters import require
 from orchestrator.errors import ConfigError, EngineUnavailableError, StageError
 from orchestrator.hardware import nvml_gpus
@@ -54,6 +55,7 @@ VERSION = "1"
 """Of both stages: part of an artifact's key, to be raised when the same inputs give other files."""
 
 MODULE = "exllamav2.conversion.convert_exl2"
+EXTENSION = "exllamav2_ext"  # of the engine's and the converter's; where it is not installed, it is built
 _LENGTH = 2048  # tokens of a calibration row: its own default
 _ROWS = {"measure": 19, "quantize": 115}  # of the calibration data that ship with it
 _HEAD_BITS = 6
@@ -101,6 +103,7 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
         python = require(BACKENDS[chosen.backend], config, "cuda")
         if not nvml_gpus()[0]:
             raise EngineUnavailableError("the conversion to EXL2 needs a CUDA GPU, and there is none here")
+        require_build(python, EXTENSION)
         calibration = Calibration.of(config, length)
         if calibration:
             calibration.check(source.path, python)

@@ -72,5 +72,6 @@ def make_bench(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setenv("FAKE_TESTS", str(TESTS))
     monkeypatch.setenv("EXLLAMA_NO_FLASH_ATTN", "1")  # no import of torch in the child
     monkeypatch.setattr(exl2, "require", lambda *_: sys.executable)
+    monkeypatch.setattr(exl2, "require_build", lambda *_: None)
     monkeypatch.setattr(exl2, "nvml_gpus", lambda: ((GPU,), ()))
     return Bench(folder)
