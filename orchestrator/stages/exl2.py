@@ -59,6 +59,7 @@ EXTENSION = "exllamav2_ext"  # of the engine's and the converter's; where it is 
 _LENGTH = 2048  # tokens of a calibration row: its own default
 _ROWS = {"measure": 19, "quantize": 115}  # of the calibration data that ship with it
 _HEAD_BITS = 6
+_OWN = "this model"  # what a measurement was made on
 _STATUS_S = 2.0  # between two updates of status.json
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,8 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
         make = partial(_quantize, work, measurement=measured, whose=choice.whose)
         made.append(_build(store, choice.recipe, make, _model_bytes(work), work))
     else:
+        if choice.measurement and choice.whose != _OWN:  # used: not pruned before the model that is found by it
+            made.append(_build(store, choice.measurement, _never, 0, None))
         made.append(_build(store, choice.recipe, _never, 0, None))
     if config.convert.verify:
         _verify(store, made[-1][0], run)
@@ -147,7 +150,7 @@ def _choose(store: Store, config: Config, model: Model, source: Checkpoint, leng
         given = own.inputs | {"measurement": file_identity(folder(config.quant.measurement))}
         return _Choice(Recipe("exl2", VERSION, options | own.options, given), None, "a file of the user's")
     bases = base_measurements(store, own, model.artifacts[-1] if model.artifacts else None)
-    measurements = [(own, "this model"), *((recipe, "its base") for recipe in bases if _fits(store, recipe, source))]
+    measurements = [(own, _OWN), *((recipe, "its base") for recipe in bases if _fits(store, recipe, source))]
     choices = [
         _Choice(Recipe("exl2", VERSION, options, inputs | {"measurement": recipe.name}), recipe, whose)
         for recipe, whose in measurements
@@ -235,7 +238,7 @@ def _measured(store: Store, work: _Work, choice: _Choice, made: list[tuple[Artif
             raise ConfigError(f"quant.measurement={path} is not of this model: it {error}") from None
         note("quant.measurement: of blocks with the names and shapes of this model's, whichever was measured")
         return path
-    if choice.whose != "this model":
+    if choice.whose != _OWN:
         note(f"measurement: that of {choice.whose} is used ({recipe.name}); nothing is measured anew")
     made.append(_build(store, recipe, partial(_measure, work), _states_bytes(work, "measure"), work))
     return made[-1][0].path / FILE

@@ -104,6 +104,7 @@ class Record:
             if (seen := (status.st_mtime_ns, status.st_size)) == self._seen:
                 return
             record, text = self._read(self._where), file.read_bytes()
+            self._seen = seen  # also where the disk has no hard links: then not again until the next one
             kept, new = self._kept
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
@@ -113,8 +114,8 @@ class Record:
             if file.read_bytes() == text:  # the states belong to it: they change only while it is invalid
                 shutil.rmtree(kept, ignore_errors=True)
                 new.rename(kept)
-                self._seen = seen
             else:
+                self._seen = (0, 0)
                 shutil.rmtree(new)
 
     @property

@@ -130,7 +130,9 @@ def test_a_merged_model_takes_its_bases_measurement(bench: Bench, capsys: pytest
     assert manifest["inputs"]["measurement"] == measured.name
     assert manifest["report"]["measured_on"] == "its base"
     assert f"that of its base is used ({measured.name}); nothing is measured anew" in capsys.readouterr().err
-    assert quantize(merge(2)).built == ()
+    again = quantize(merge(2))
+    assert again.built == ()
+    assert again.artifacts[1].name == measured.name  # marked as used
 
     assert len(quantize(merge(2), "quant.calibration.length=1024").built) == 2  # another calibration
     with pytest.raises(StageError, match="wrote model"):  # (the fake makes one shape only)
