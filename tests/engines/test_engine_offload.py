@@ -19,7 +19,15 @@ from orchestrator.backends.offload_folder import OffloadFolder
 from orchestrator.backends.protocol import LoadPlan, Request
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.spec import model_spec
-from orchestrator.config import BackendConfig, Config, ModelConfig, OffloadConfig, QuantConfig, RunConfig
+from orchestrator.config import (
+    BackendConfig,
+    Config,
+    HardwareConfig,
+    ModelConfig,
+    OffloadConfig,
+    QuantConfig,
+    RunConfig,
+)
 from orchestrator.engine.handle import EngineProcess
 from orchestrator.engine.placement import bytes_per_device, check_placement
 from orchestrator.errors import DoesNotFitError, EngineError
@@ -32,13 +40,14 @@ Start = Callable[..., EngineProcess]
 
 
 def offloaded(checkpoint: Path, folder: Path, bits: int = 32) -> tuple[Candidate, LoadPlan]:
-    """The plan for a host that is one byte too small."""
+    """The plan for a host that is one byte too small, and keeps nothing free."""
     spec = model_spec(open_checkpoint(checkpoint))
     config = Config(
         backend=BackendConfig("transformers"),
         quant=QuantConfig(bits=bits),
         model=ModelConfig(max_context=512),
         run=RunConfig(in_flight=4),
+        hardware=HardwareConfig(margin_gib=0),
     )
     roomy = planner.make_plan(config, spec, Hardware("cpu", (), GIB * 64, GIB * 64, 2)).chosen
     small = Hardware("cpu", (), GIB * 64, roomy.host.total - 1, 2)
