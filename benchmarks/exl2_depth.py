@@ -12,7 +12,8 @@ uninterrupted run's time).
 
 Each part is one OUT/PART.json, written as soon as it is over; what is there is not done again, what failed is.
 `--minutes N` ends a command after so many minutes, with what it has. `--tiny` takes a model that is loaded in a
-moment: it proves the way, and its numbers mean nothing. CUDA_VISIBLE_DEVICES chooses the GPUs; `two` and `big` take two.
+moment: it proves the way, and its numbers mean nothing. CUDA_VISIBLE_DEVICES chooses the GPUs; `two` and `big` need
+two of them, the others take the first.
 
 The 1B, the 8B and the 70B are made up: true shapes and files, random words, so that they show memory, placement and
 speed, and answer noise. Copy bandwidth is that of torch's copy of 4 GiB on one GPU, bytes read and bytes written.
@@ -305,7 +306,7 @@ def copy() -> None:
         with torch.cuda.device(index):
             source = torch.ones(size // 4, dtype=torch.float32, device="cuda")
             target = torch.empty_like(source)
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             for number in range(times + 3):
                 if number == 3:
                     begin.record()
@@ -508,7 +509,7 @@ def converted(out: Path, work: Path, part: str) -> Result:
         RuntimeError: a command failed, or `whole` is not there to be compared with.
     """
     whole, result = work / "kill" / "whole" / "result", work / "kill" / part / "result"
-    uninterrupted = [found["seconds"] for name in ("whole", "again") if (found := kept(out, f"kill-{name}"))]
+    uninterrupted = [known["seconds"] for name in ("whole", "again") if (known := kept(out, f"kill-{name}"))]
     if part != "whole" and not (uninterrupted and whole.is_dir()):
         raise RuntimeError("the uninterrupted conversion, whole, has to be made first")
     folder = fresh(work / "kill" / part)
