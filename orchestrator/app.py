@@ -13,7 +13,14 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from orchestrator import __version__
-from orchestrator.errors import ConfigError, DoesNotFitError, OrchestratorError, RequestError, Terminated
+from orchestrator.errors import (
+    ConfigError,
+    DoesNotFitError,
+    EngineUnavailableError,
+    OrchestratorError,
+    RequestError,
+    Terminated,
+)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -89,6 +96,7 @@ def _hydra(argv: list[str]) -> int:
         Path.cwd()
     except FileNotFoundError:
         raise RequestError("the current folder has been removed", "Change to another one.") from None
+    _check_launcher(argv)
     conf = conf_folder()
     ConfigStore.instance().store(name="config_schema", node=Config)
     sys.argv = [sys.argv[0], *prepare(argv, conf)]
@@ -123,6 +131,18 @@ def _hydra(argv: list[str]) -> int:
     if failures:
         raise failures[0]
     return 0
+
+
+def _check_launcher(argv: list[str]) -> None:
+    """Says how the launcher of parallel sweeps is installed; Hydra would say that there is no such file."""
+    if "hydra/launcher=joblib" in argv:
+        try:
+            importlib.import_module("hydra_plugins.hydra_joblib_launcher")
+        except ModuleNotFoundError as error:
+            raise EngineUnavailableError(
+                f"hydra/launcher=joblib needs {error.name}, which is not installed here",
+                "Type: pip install 'orchestrator[sweep]'",
+            ) from None
 
 
 def _multirun() -> bool:

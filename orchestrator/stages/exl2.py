@@ -38,6 +38,7 @@ from orchestrator.plan.types import Candidate
 from orchestrator.report.console import note, size, steps
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages.converter import Failure, convert
+from orchestrator.stages.exl2_gpu import leased_gpu, needed
 from orchestrator.stages.exl2_result import Linears, NotWhole, judge_measurement, judge_model
 
 VERSION = "1"
@@ -341,10 +342,11 @@ class _Job:
         title = {"measure": "measuring", "quantize": f"quantizing to {work.chosen.bits:g} bits"}[self._what]
         if state:
             note(f"{title}: going on where an earlier run stopped ({state})")
-        gpus = [gpu for gpu in work.chosen.gpus if gpu.device.startswith("cuda:")]
-        capped = work.config.hardware.memory_gib is not None
+        hardware, need = work.config.hardware, needed(work.source)
+        caps = {gpu.device: gpu.capacity for gpu in work.chosen.gpus} if hardware.memory_gib is not None else {}
+        most = max(caps.values(), default=need)
         environ = os.environ | child_devices(nvml_gpus()[0])
-        with _progress(work.run, title) as show:
+        with leased_gpu(hardware, min(need, most), work.run) as device, _progress(work.run, title) as show:
             return convert(
                 work.python,
                 MODULE,
@@ -353,10 +355,10 @@ class _Job:
                 show,
                 env={
                     "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
-                    "CUDA_VISIBLE_DEVICES": visible_devices([gpu.device for gpu in gpus], environ),
+                    "CUDA_VISIBLE_DEVICES": visible_devices([device], environ),
                     "HF_HUB_OFFLINE": "1",
                 },
-                limits=[gpu.capacity for gpu in gpus] if capped else (),
+                limits=[caps.get(device, most)] if caps else (),
             )
 
 

@@ -27,6 +27,7 @@ from orchestrator.engine.memory import MemoryWatch
 from orchestrator.engine.wire import Ready
 from orchestrator.errors import RequestError
 from orchestrator.hardware import Hardware, child_devices, detect
+from orchestrator.hardware.lease import leases
 from orchestrator.hub.locate import ADAPTER, MODEL, Located, NoPartsError, locate
 from orchestrator.pipeline import Model, Source, disk_needs, is_built, loaded, prepare, tokenizer_folder, versions
 from orchestrator.plan.disk import Need, must_have_room
@@ -36,6 +37,7 @@ from orchestrator.plan.types import Candidate, Plan
 from orchestrator.report.console import console, note
 from orchestrator.report.tables import hardware_line, held_lines, margin_line, model_line, plan_table
 from orchestrator.runfolder import RunFolder
+from orchestrator.tasks.gpus import leased
 from orchestrator.tokenizer import Tokenizer, check_tokenizer
 
 # GPUs are numbered as NVML does; nothing is fetched; the tokenizer's threads would outnumber the cores.
@@ -258,6 +260,10 @@ def _planned(config: Config, places: Places, planning: bool, *, bare: bool = Fal
         check_tokenizer(tokenizer_folder(source))
     hardware = detect(config.hardware, planning=planning, artifacts=folder(config.paths.artifacts))
     plan = make_plan(config, spec, hardware)
+    if hardware.gpus and not (planning or plan.chosen.fits) and leases()[0]:
+        # Other runs are in the way: it is planned for when they have ended, and waits for that.
+        hardware = detect(config.hardware, planning=False, artifacts=folder(config.paths.artifacts), idle=True)
+        plan = make_plan(config, spec, hardware)
     if config is not asked:
         plan = replace(plan, notes=(*plan.notes, EMBEDDED_NOTE))
     elsewhere = planning and config.hardware.cards is not None
@@ -410,9 +416,15 @@ def open_session(
     show_plan(planned, chosen)
     has_room(planned)
     tokenizer = None if is_built(config, planned.source, chosen) else _tokenizer(planned, chosen, check)
-    with ExitStack() as loading:
+    with ExitStack() as holding, ExitStack() as loading:
         loading.enter_context(kept())
         model = prepare(config, planned.source, chosen, run)
+        before = chosen
+        planned, chosen = holding.enter_context(leased(planned, chosen, run))
+        if chosen.devices != before.devices:
+            run.write("plan.json", planned.to_json() | chosen.to_json())
+        if chosen.max_context < before.max_context:
+            tokenizer = None  # what was asked for is checked again
         run.status("loading")
         note(f"loading in a process of its own ({chosen.label}) ...")
         with start_engine(planned, chosen, python, model.path, run.path / "engine.log") as (engine, watch):

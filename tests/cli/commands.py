@@ -114,6 +114,7 @@ class Orchestrator:
         self.store = store
         self.runs = folder / "runs"
         self.started: list[Started] = []
+        self.more_env: dict[str, str] = {}
 
     def __call__(self, *argv: str, stdin: str = "", timeout: float = 120) -> Done:
         """Types a command and waits for its end."""
@@ -147,7 +148,7 @@ class Orchestrator:
         return [sys.executable, "-m", "orchestrator", *argv, *more]
 
     def env(self) -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(self.folder), "COLUMNS": "110"}
+        return {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(self.folder), "COLUMNS": "110", **self.more_env}
 
     def close(self) -> None:
         """Ends what a failed test has left behind."""

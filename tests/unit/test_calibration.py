@@ -80,6 +80,13 @@ def test_it_is_never_nothing_and_never_the_most_of_a_card(tmp_path: Path) -> Non
     assert margins(tmp_path, machine(80), "exllamav2")["cuda:0"].bytes == 20 * GIB
 
 
+def test_a_margin_can_be_asked_for(tmp_path: Path, spec: ModelSpec) -> None:
+    none, much = (planned(tmp_path, spec, machine(24), f"hardware.margin_gib={gib}") for gib in (0, 8))
+    assert (none.margin, much.margin) == (0, 8 * GIB)
+    assert margin_line(none) == "kept free: 0 B a GPU (hardware.margin_gib)"
+    assert much.gpus[0].capacity == 16 * GIB
+
+
 def test_another_engine_or_another_card_is_not_learned_from(tmp_path: Path) -> None:
     for _ in range(3):
         append(tmp_path, line(100))

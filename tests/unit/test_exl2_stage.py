@@ -19,6 +19,7 @@ from composing import composed, hydra_ready
 from exl2_models import measurement, write_exl2, write_fake
 from small_models import Llama, write_headers
 
+from orchestrator import hardware
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.spec import model_spec
 from orchestrator.config import Config
@@ -77,7 +78,8 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     monkeypatch.setenv("FAKE_TESTS", str(TESTS))
     monkeypatch.setenv("EXLLAMA_NO_FLASH_ATTN", "1")  # no import of torch in the child
     monkeypatch.setattr(exl2, "require", lambda *_: sys.executable)
-    monkeypatch.setattr(exl2, "nvml_gpus", lambda: ((GPU,), ()))
+    for module in (exl2, hardware):
+        monkeypatch.setattr(module, "nvml_gpus", lambda: ((GPU,), ()))
     return Bench(tmp_path)
 
 
