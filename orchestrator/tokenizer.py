@@ -75,12 +75,21 @@ class Tokenizer:
             ConfigError: the chat template refuses these messages (a role that it lacks, say).
         """
         if not self.has_template:
-            return list(self._tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
+            return self.encode_prompt(self.conversation(messages))
+        return self.encode_text(self.conversation(messages, answer=answer))
+
+    def conversation(self, messages: list[Message], *, answer: bool = False) -> str:
+        """The text of a conversation, up to where the model would answer (`answer`) or as it was.
+
+        Raises:
+            ConfigError: see `encode`.
+        """
+        if not self.has_template:
+            return "\n".join(message["content"] for message in messages)
         try:
-            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
+            return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False))
         except Exception as error:  # a template is a stranger's program: it can divide by zero
             raise ConfigError(f"the chat template refuses these messages: {error}") from None
-        return self.encode_text(text)
 
 
 def _template(value: str) -> str:

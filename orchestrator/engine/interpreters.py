@@ -107,11 +107,13 @@ class Pins:
     `#: no-deps`: the list is complete. It is installed without what its packages ask for beside it, because one
     of them asks for a package that must not be there.
     `#: hint TEXT`: what to do where it cannot be installed as it is.
+    `#: builds MODULE CUDA`: this extension is built at the first use, with nvcc of this CUDA.
     """
 
     path: Path
     no_deps: bool
     hint: str
+    builds: tuple[str, str] | None
 
     @classmethod
     def read(cls, name: str) -> Pins:
@@ -124,7 +126,8 @@ class Pins:
             if line.startswith("#:")
             for word, _, value in [line[2:].strip().partition(" ")]
         }
-        return cls(path, "no-deps" in options, options.get("hint", ""))
+        module, _, cuda = options.get("builds", "").partition(" ")
+        return cls(path, "no-deps" in options, options.get("hint", ""), (module, cuda) if module else None)
 
 
 def known() -> list[str]:

@@ -33,6 +33,8 @@ def child_environment(python: str, extra: Mapping[str, str]) -> dict[str, str]:
     if os.path.abspath(python) != os.path.abspath(sys.executable):
         for name in ("PYTHONPATH", "PYTHONHOME"):
             env.pop(name, None)
+    if os.path.dirname(python):  # the programs of its packages: torch builds extensions with ninja
+        env["PATH"] = os.pathsep.join([*filter(None, [env.get("PATH")]), os.path.dirname(os.path.abspath(python))])
     # A killed process loses what it has buffered, and its last words are what the user needs.
     return {**env, "PYTHONUNBUFFERED": "1", **extra}
 

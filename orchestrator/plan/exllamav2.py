@@ -20,6 +20,7 @@ from orchestrator.backends.exl2_setup import (
     RESERVE_OTHERS,
     round_up,
 )
+from orchestrator.backends.exl2_texts import check_texts
 from orchestrator.checkpoint.spec import ModelSpec
 from orchestrator.errors import ConfigError
 from orchestrator.hardware import GIB, MIB, Gpu, Hardware
@@ -103,8 +104,8 @@ def _check_calibration(settings: dict[str, Any]) -> None:
     for key, path in (("quant.calibration.file", file), ("quant.measurement", measurement)):
         if path is not None and not Path(path).expanduser().is_file():
             raise ConfigError(f"{key}={path} is not a file")
-    if file is not None and not str(file).endswith(".parquet"):
-        raise ConfigError(f"quant.calibration.file={file}: exllamav2 reads .parquet only")
+    if file is not None:
+        check_texts(Path(file).expanduser())
     if rows is not None and file is None:
         raise ConfigError("quant.calibration.rows counts rows of quant.calibration.file, and none is set")
     if rows is not None and rows < 1:

@@ -35,6 +35,7 @@ def convert(
     on_status: OnStatus,
     env: Mapping[str, str] | None = None,
     limits: Sequence[int] = (),
+    watch: Callable[[], None] = lambda: None,
 ) -> Failure:
     """Runs a converter to its end, whatever that is: the caller judges by the files.
 
@@ -43,6 +44,7 @@ def convert(
         log: gets everything that it prints, appended.
         env: variables on top of this process's own.
         limits: bytes that it may take of each visible GPU; empty: all that there is.
+        watch: called again and again while it runs, and when it has ended.
 
     Returns:
         What to say if the files are not there: why it ended.
@@ -69,9 +71,11 @@ def convert(
     try:
         while not child.wait(_POLL_S):
             statuses.read()
+            watch()
     finally:  # also when a Ctrl-C interrupts the wait
         code = child.kill()
         ours.close()
+        watch()
     statuses.read()
     return Failure(module, code, log, start)
 
@@ -110,14 +114,14 @@ class Failure:
 
     def __init__(self, module: str, code: int, log: Path, start: int) -> None:
         self.code = code
+        self.log = log
         self._module = module
-        self._log = log
         self._start = start
 
     def text(self) -> str:
         """What it wrote in this run, as far as it is near the end."""
         try:
-            with self._log.open("rb") as file:
+            with self.log.open("rb") as file:
                 file.seek(0, os.SEEK_END)
                 file.seek(max(self._start, file.tell() - _TAIL_BYTES))
                 return file.read().decode(errors="replace")
@@ -141,7 +145,7 @@ class Failure:
             missing: what is wrong with the result.
         """
         said = self.last_error()
-        hint = f"Its log: {self._log}"
+        hint = f"Its log: {self.log}"
         if any(sign in said for sign in _FULL):
             return DoesNotFitError(
                 f"the conversion ran out of GPU memory ({said})",

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from orchestrator.artifacts import MANIFEST, RECIPE_NAME, Artifact, Built, Recip
 from orchestrator.backends.exl2_setup import visible_devices
 from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.carry import written_config
-from orchestrator.checkpoint.digest import digest
+from orchestrator.checkpoint.exl2_layout import TOLERANCE
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.checkpoint.folder import Checkpoint, carried_files, fingerprint, open_checkpoint
 from orchestrator.checkpoint.trust import shown
 from orchestrator.config import Config, folder
+from orchestrator.engine.cuda_build import require_build
 from orchestrator.engine.interpreters import require
-from orchestrator.errors import ConfigError, EngineUnavailableError
+from orchestrator.errors import ConfigError, EngineUnavailableError, StageError
 from orchestrator.hardware import child_devices, nvml_gpus
 from orchestrator.pipeline import Model
 from orchestrator.plan.disk import Part
@@ -38,18 +40,28 @@ from orchestrator.plan.types import Candidate
 from orchestrator.report.console import note, size, steps
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages.converter import Failure, convert
+from orchestrator.stages.exl2_calibration import Calibration, file_identity
 from orchestrator.stages.exl2_gpu import leased_gpu, needed
-from orchestrator.stages.exl2_result import Linears, NotWhole, judge_measurement, judge_model
+from orchestrator.stages.exl2_job import Record
+from orchestrator.stages.exl2_log import overflow, overflow_error
+from orchestrator.stages.exl2_measurement import (
+    FILE,
+    base_measurements,
+    check_fits,
+    expected_bits,
+    judge_measurement,
+)
+from orchestrator.stages.exl2_result import Linears, NotWhole, judge_model, verify_artifact
 
 VERSION = "1"
 """Of both stages: part of an artifact's key, to be raised when the same inputs give other files."""
 
 MODULE = "exllamav2.conversion.convert_exl2"
-_JOB = "job_new.json"  # exllamav2's own record of how far it is
+EXTENSION = "exllamav2_ext"  # of the engine's and the converter's; where it is not installed, it is built
 _LENGTH = 2048  # tokens of a calibration row: its own default
 _ROWS = {"measure": 19, "quantize": 115}  # of the calibration data that ship with it
-_FILE_ROWS, _FILE_MEASURED = 100, 16  # of a file: its own defaults
 _HEAD_BITS = 6
+_OWN = "this model"  # what a measurement was made on
 _STATUS_S = 2.0  # between two updates of status.json
 
 log = logging.getLogger(__name__)
@@ -65,6 +77,7 @@ class _Work:
     run: RunFolder
     python: str
     length: int
+    calibration: Calibration | None  # None: the engine's own
 
     @property
     def head_bits(self) -> int:
@@ -86,20 +99,29 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
         return model  # loaded as it is
     length = _length(config, source)
     store = Store(folder(config.paths.artifacts))
-    measurement, recipe = _recipes(config, _inputs(model, source), length, chosen.bits)
+    choice = _choose(store, config, _inputs(model, source), source, length, chosen.bits)
     made: list[tuple[Artifact, bool]] = []
-    if store.find(recipe) is None:
+    if store.find(choice.recipe) is None:
         # Only now: a model that is there needs neither the converter nor a GPU.
         python = require(BACKENDS[chosen.backend], config, "cuda")
         if not nvml_gpus()[0]:
             raise EngineUnavailableError("the conversion to EXL2 needs a CUDA GPU, and there is none here")
-        work = _Work(config, source, chosen, run, python, length)
-        measured = _measured(store, work, measurement, made)
-        _, needed = _model_bytes(source, chosen.bits, work.head_bits)
-        needed += _states_bytes(config, source, length, "quantize")
-        made.append(_build(store, recipe, lambda out: _quantize(work, out, measured), needed, work))
+        require_build(python, EXTENSION)
+        calibration = Calibration.of(config, length)
+        if calibration:
+            calibration.check(source.path, python)
+        work = _Work(config, source, chosen, run, python, length, calibration)
+        measured = _measured(store, work, choice, made)
+        make = partial(_quantize, work, measurement=measured, whose=choice.whose)
+        _, most = _model_bytes(source, chosen.bits, work.head_bits)
+        room = most + _states_bytes(config, source, length, "quantize")
+        made.append(_build(store, choice.recipe, make, room, work))
     else:
-        made.append(_build(store, recipe, _never, 0, None))
+        if choice.measurement and choice.whose != _OWN:  # used: not pruned before the model that is found by it
+            made.append(_build(store, choice.measurement, _never, 0, None))
+        made.append(_build(store, choice.recipe, _never, 0, None))
+    if config.convert.verify:
+        _verify(store, made[-1][0], run)
     artifacts = tuple(artifact for artifact, _ in made)
     built = tuple(artifact.name for artifact, now in made if now)
     return Model(artifacts[-1].path, (*model.artifacts, *artifacts), (*model.built, *built))
@@ -125,18 +147,79 @@ def disk_part(
     adds = most + _states_bytes(config, source, length, "quantize")
     measuring = _states_bytes(config, source, length, "measure")
     if inputs is not None:
-        measurement, recipe = _recipes(config, inputs, length, chosen.bits)
-        adds = store.to_write(recipe, adds)
-        measuring = store.to_write(measurement, measuring) if adds and measurement else 0
+        choice = _choose(store, config, inputs, source, length, chosen.bits)
+        adds = store.to_write(choice.recipe, adds)
+        measuring = store.to_write(choice.measurement, measuring) if adds and choice.measurement else 0
     return [Part("of EXL2", final, max(adds, measuring))]
 
 
-def _recipes(config: Config, inputs: dict[str, Any], length: int, bits: float) -> tuple[Recipe | None, Recipe]:
-    """Of the measurement (None where the user gave one) and of the model."""
-    measurement = _measurement_recipe(config, inputs, length)
-    measured = measurement.name if measurement else _file_input(config.quant.measurement)
-    options = {"bits": bits, "head_bits": config.quant.head_bits or _HEAD_BITS}
-    return measurement, Recipe("exl2", VERSION, options, inputs | {"measurement": measured})
+@dataclass(frozen=True)
+class _Choice:
+    """The model's recipe by the measurement that it is made with.
+
+    Attributes:
+        measurement: its recipe; None where the user gave a file.
+        whose: what it was measured on, for the manifest.
+    """
+
+    recipe: Recipe
+    measurement: Recipe | None
+    whose: str
+
+
+def _choose(
+    store: Store, config: Config, inputs: dict[str, Any], source: Checkpoint, length: int, bits: float
+) -> _Choice:
+    """The user's measurement; else the model's own, or its base's where only that is there.
+
+    A model that is there already wins over a measurement that is: those can have come and gone since.
+    """
+    options: dict[str, Any] = {"bits": bits, "head_bits": config.quant.head_bits or _HEAD_BITS}
+    own = _measurement_recipe(config, inputs, length)
+    if config.quant.measurement is not None:
+        # The key of a measurement of ours says the calibration; of a file it has to be said beside it.
+        given = own.inputs | {"measurement": file_identity(folder(config.quant.measurement))}
+        return _Choice(Recipe("exl2", VERSION, options | own.options, given), None, "a file of the user's")
+    bases = base_measurements(store, own, inputs["model"])
+    measurements = [(own, _OWN), *((recipe, "its base") for recipe in bases if _fits(store, recipe, source))]
+    choices = [
+        _Choice(Recipe("exl2", VERSION, options, inputs | {"measurement": recipe.name}), recipe, whose)
+        for recipe, whose in measurements
+    ]
+    done = (choice for choice in choices if store.find(choice.recipe))
+    measured = (choice for choice in choices if choice.measurement and store.find(choice.measurement))
+    return next(done, None) or next(measured, None) or choices[0]
+
+
+def _fits(store: Store, measurement: Recipe, source: Checkpoint) -> bool:
+    """Whether a base's measurement is there and serves this model: its merge may have changed shapes."""
+    found = store.find(measurement)
+    try:
+        if found is not None:
+            check_fits(found.path / FILE, source)
+    except NotWhole as error:
+        log.info("%s does not serve this model: it %s", measurement.name, error)
+        return False
+    return found is not None
+
+
+def _verify(store: Store, artifact: Artifact, run: RunFolder) -> None:
+    """Reads the result back (convert.verify).
+
+    Raises:
+        StageError: it is damaged.
+    """
+    run.status("verifying")
+    if problems := [*store.verify(artifact), *verify_artifact(artifact)]:
+        raise StageError(
+            f"{artifact.path} is damaged: {'; '.join(problems)}",
+            f"Remove it with task=artifacts artifacts.action=prune artifacts.name={artifact.name} and run it again.",
+        )
+    report = artifact.manifest["report"]
+    note(
+        f"verified: {len(artifact.files)} files by their digests, every linear's groups, order and scales; layers of "
+        f"{report['measured_bits']:.3f} bits per weight, a head of {report['measured_head_bits']:.3f}"
+    )
 
 
 def _check_rope(source: Checkpoint) -> None:
@@ -168,43 +251,31 @@ def _inputs(model: Model, source: Checkpoint) -> dict[str, Any]:
     return {"model": model.artifacts[-1].name if model.artifacts else fingerprint(source)}
 
 
-def _file_input(path: str | None) -> dict[str, Any]:
-    assert path is not None
-    file = folder(path)
-    return {"size": file.stat().st_size, "xxh3_128": digest(file)}
-
-
-def _measurement_recipe(config: Config, inputs: dict[str, Any], length: int) -> Recipe | None:
-    """The recipe of the measurement; None where the user gave one."""
-    if config.quant.measurement is not None:
-        return None
-    calibration = config.quant.calibration
+def _measurement_recipe(config: Config, inputs: dict[str, Any], length: int) -> Recipe:
+    """The recipe of the model's own measurement: the model and the calibration, no bits."""
     options: dict[str, Any] = {"length": length}
-    if calibration.file is not None:
-        options["rows"] = calibration.rows or _FILE_ROWS
-        inputs = inputs | {"calibration": _file_input(calibration.file)}
+    if calibration := Calibration.of(config, length):
+        options["rows"] = calibration.rows
+        inputs = inputs | {"calibration": calibration.identity()}
     return Recipe("measurement", VERSION, options, inputs)
 
 
-def _measured(store: Store, work: _Work, recipe: Recipe | None, made: list[tuple[Artifact, bool]]) -> Path:
+def _measured(store: Store, work: _Work, choice: _Choice, made: list[tuple[Artifact, bool]]) -> Path:
     """The measurement file: the user's, the store's, or one that is made now."""
+    recipe = choice.measurement
     if recipe is None:
         path = folder(str(work.config.quant.measurement))
         try:
-            judge_measurement(path, work.source)
+            check_fits(path, work.source)
         except NotWhole as error:
             raise ConfigError(f"quant.measurement={path} is not of this model: it {error}") from None
+        note("quant.measurement: of blocks with the names and shapes of this model's, whichever was measured")
         return path
-    made.append(
-        _build(
-            store,
-            recipe,
-            lambda out: _measure(work, out),
-            _states_bytes(work.config, work.source, work.length, "measure"),
-            work,
-        )
-    )
-    return made[-1][0].path / "measurement.json"
+    if choice.whose != _OWN:
+        note(f"measurement: that of {choice.whose} is used ({recipe.name}); nothing is measured anew")
+    room = _states_bytes(work.config, work.source, work.length, "measure")
+    made.append(_build(store, recipe, partial(_measure, work), room, work))
+    return made[-1][0].path / FILE
 
 
 def _build(
@@ -233,27 +304,31 @@ def _never(out: Path) -> Built:
 
 def _measure(work: _Work, out: Path) -> Built:
     """Builds the measurement artifact."""
-    result = out / "measurement.json"
+    result = out / FILE
     job = _Job(work, "measure", out / "work", result)
-    job.arguments += ["-om", str(result), "-l", str(work.length), "-ml", str(work.length), *_calibration(work)]
+    job.arguments += ["-om", str(result), "-l", str(work.length), "-ml", str(work.length)]
     report = job.done(lambda: judge_measurement(result, work.source))
     return Built(report | {"source": work.source.path.name, "length": work.length}, {})
 
 
-def _quantize(work: _Work, out: Path, measurement: Path) -> Built:
+def _quantize(work: _Work, out: Path, measurement: Path, whose: str) -> Built:
     """Builds the EXL2 artifact: the model's files at the top of the partial folder, where a reader expects them."""
     result = out / "result"
     job = _Job(work, "quantize", out / "work", result)
     job.arguments += ["-cf", str(result), "-m", str(measurement), "-b", str(work.chosen.bits)]
-    job.arguments += ["-hb", str(work.head_bits), "-l", str(work.length), *_calibration(work)]
+    job.arguments += ["-hb", str(work.head_bits), "-l", str(work.length)]
 
     def judge() -> dict[str, Any]:
         # Also what an earlier, killed process has moved already.
         _move_up(result, out)
-        return judge_model(out, work.source, work.chosen.bits, work.head_bits)
+        return judge_model(out, work.source, work.chosen.bits, work.head_bits, expected)
 
+    expected = expected_bits(measurement, work.source, work.chosen.bits)
     report = job.done(judge)
-    return Built(report | {"source": work.source.path.name, "length": work.length}, {})
+    if not math.isclose(report["measured_bits"], work.chosen.bits, rel_tol=TOLERANCE):
+        note(f"its layers have {report['measured_bits']:.2f} bits per weight: no mix of widths comes nearer")
+    source = {"source": work.source.path.name, "length": work.length, "measured_on": whose}
+    return Built(report | source, {})
 
 
 def _move_up(result: Path, out: Path) -> None:
@@ -268,14 +343,6 @@ def _move_up(result: Path, out: Path) -> None:
             file.replace(out / file.name)
 
 
-def _calibration(work: _Work) -> list[str]:
-    calibration = work.config.quant.calibration
-    if calibration.file is None:
-        return []
-    rows = calibration.rows or _FILE_ROWS
-    return ["-c", str(folder(calibration.file)), "-r", str(rows), "-mr", str(min(rows, _FILE_MEASURED))]
-
-
 class _Job:
     """One run of the converter in a folder, continued where that folder has a usable job of its own."""
 
@@ -286,6 +353,7 @@ class _Job:
         self._result = result
         self._input = where.parent / "input"
         self.arguments = ["-i", str(self._input), "-o", str(where), "-so"]
+        self.arguments += work.calibration.arguments(where) if work.calibration else []
 
     def done(self, judge: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Runs it unless its result is there already; the report of the result.
@@ -293,15 +361,22 @@ class _Job:
         Raises:
             StageError, DoesNotFitError: there is no whole result, with why.
         """
-        state = self._state()
+        record = Record(self._where, self.arguments, Linears.of(self._work.source).layers)
+        state = record.resume()
         if state != "finished":
             self._clear(everything=not state)
-            failure = self._run(state)
+            failure = self._run(state, record)
+            wrong = overflow(failure.text())
         else:
-            failure = None
+            failure, wrong = None, ""
         try:
             report = judge()
+            if failure and wrong:  # whole, and of no use
+                self._clear(everything=True)
+                raise overflow_error(wrong, failure.log)
         except NotWhole as error:
+            if failure and wrong:
+                raise overflow_error(wrong, failure.log) from None
             if failure is None:  # it says that it is finished, and it is not
                 log.warning("%s: finished, but it %s: begun anew", self._where, error)
                 self._clear(everything=True)
@@ -310,19 +385,6 @@ class _Job:
         for path in (self._where, self._input, *(p for p in (self._result,) if p.is_dir())):
             shutil.rmtree(path, ignore_errors=True)
         return report
-
-    def _state(self) -> str:
-        """How far an earlier run came ("" where it cannot be continued): its own job file tells."""
-        try:
-            job = json.loads((self._where / _JOB).read_text(encoding="utf-8"))
-            ours = job["in_dir"] == str(self._input) and "invalid" not in job
-            target = job["output_measurement" if self._what == "measure" else "compile_full"]
-            return str(job["progress"]) if ours and target == str(self._result) else ""
-        except FileNotFoundError:
-            return ""
-        except (OSError, ValueError, KeyError, TypeError) as error:  # killed while it was written
-            log.warning("%s cannot be continued (%s): begun anew", self._where / _JOB, error)
-            return ""
 
     def _clear(self, everything: bool) -> None:
         """Removes what a killed run left: the half result always, its working folder where it is of no use."""
@@ -336,8 +398,11 @@ class _Job:
                 file.unlink()
         self._where.mkdir(exist_ok=True)
 
-    def _run(self, state: str) -> Failure:
+    def _run(self, state: str, record: Record) -> Failure:
         work = self._work
+        record.keep()
+        if work.calibration:
+            work.calibration.write(self._where, work.source.path, work.python)
         _link_input(work.source, self._input)
         title = {"measure": "measuring", "quantize": f"quantizing to {work.chosen.bits:g} bits"}[self._what]
         if state:
@@ -359,6 +424,7 @@ class _Job:
                     "HF_HUB_OFFLINE": "1",
                 },
                 limits=[caps.get(device, most)] if caps else (),
+                watch=record.keep,
             )
 
 
@@ -391,8 +457,8 @@ def _progress(run: RunFolder, title: str) -> Iterator[Callable[[str, float], Non
 
 def _states_bytes(config: Config, source: Checkpoint, length: int, what: str) -> int:
     """The hidden states of the calibration rows on the disk, twice while they are replaced, and the rest."""
-    asked = config.quant.calibration.rows
-    rows = _ROWS[what] if config.quant.calibration.file is None else (asked or _FILE_ROWS)
+    calibration = Calibration.of(config, length)
+    rows = calibration.rows if calibration else _ROWS[what]
     hidden = next(iter(Linears.of(source).layers.values()))[1]
     return 2 * rows * length * hidden * 2 + 2**24
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.artifacts import Artifact
 from orchestrator.checkpoint.architectures import architecture_of, is_tied
-from orchestrator.checkpoint.folder import Checkpoint
+from orchestrator.checkpoint.carry import written_config
+from orchestrator.checkpoint.exl2_layout import TOLERANCE, Packed, check_data, check_exl2, mean_bits, packed_linears
+from orchestrator.checkpoint.folder import Checkpoint, carried_files
 from orchestrator.checkpoint.safetensors_header import read_safetensors_header
 from orchestrator.checkpoint.tensors import TensorInfo
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
-from orchestrator.plan.exl2_sizes import pad32
-
-_PARTS = ("q_weight", "q_invperm", "q_scale", "q_scale_max", "q_groups")
-_DTYPES = {"q_weight": "I32", "q_invperm": "I32", "q_scale": "I32", "q_scale_max": "F16", "q_groups": "I16"}
+from orchestrator.plan.exl2_sizes import head_file_bytes, pad32
 
 
 class NotWhole(Exception):
@@ -55,32 +56,15 @@ def _shape(info: TensorInfo) -> tuple[int, int]:
     return info.shape[0], info.shape[1]
 
 
-def judge_measurement(file: Path, source: Checkpoint) -> dict[str, Any]:
-    """Checks that a measurement covers every layer of the model.
+def judge_model(
+    folder: Path, source: Checkpoint, bits: float, head_bits: int, expected: tuple[float, float] | None = None
+) -> dict[str, Any]:
+    """Checks an EXL2 model against the one that it was made from: every tensor, its shape, groups and scales, the real
+    bits per weight, config.json, the tokenizer and what else travels with it.
 
-    Returns:
-        JSON-able: how many modules were measured, with how many options in all.
-
-    Raises:
-        NotWhole: it does not.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-        measured, _ = value["measurement"], int(value["last_module_idx"])
-        options = {name: len(found) for name, found in measured.items() if isinstance(found, list) and found}
-    except FileNotFoundError:
-        raise NotWhole("wrote no measurement") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NotWhole(f"wrote a measurement that cannot be read ({error!r})") from None
-    blocks = {".".join(module.split(".")[:-1]) for module in Linears.of(source).layers}
-    missing = sorted(blocks - set(options))
-    if missing:
-        raise NotWhole(f"measured nothing of {len(missing)} of {len(blocks)} blocks, the first is {missing[0]}")
-    return {"modules": len(blocks), "options": sum(options[block] for block in blocks)}
-
-
-def judge_model(folder: Path, source: Checkpoint, bits: float, head_bits: int) -> dict[str, Any]:
-    """Checks an EXL2 model against the one that it was made from: every tensor, its shape, config.json, the tokenizer.
+    Args:
+        expected: the least and the most bits per weight that the converter gives for these bits by its measurement;
+            None: these bits.
 
     Returns:
         JSON-able: the bits per weight that the layers and the head really have, bytes, exllamav2's version.
@@ -89,25 +73,45 @@ def judge_model(folder: Path, source: Checkpoint, bits: float, head_bits: int) -
         NotWhole: something is missing or wrong.
     """
     tensors = _tensors(folder)
-    linears = Linears.of(source)
-    for module, shape in (*linears.layers.items(), (_head_name(source), linears.head)):
-        _check_linear(tensors, module, shape)
+    linears, head = Linears.of(source), _head_name(source)
+    packed = _packed(tensors)
+    for module, shape in (*linears.layers.items(), (head, linears.head)):
+        _check_linear(packed, module, shape)
     for name in (*linears.plain, *linears.biases):
         if name not in tensors:
             raise NotWhole(f"wrote no {name}")
     version = _check_config(folder, source, bits, head_bits)
-    if not any(folder.glob("tokenizer*")) and any(source.path.glob("tokenizer*")):
-        raise NotWhole("left the tokenizer out")
-    head = _head_name(source)
+    for file in carried_files(source.path):
+        if not (folder / file.name).is_file():
+            raise NotWhole(f"left {file.name} out")
+    real, real_head = mean_bits(packed[module] for module in linears.layers), packed[head].bits
+    low, high = expected or (bits, bits)
+    if not low * (1 - TOLERANCE) <= real <= high * (1 + TOLERANCE):
+        raise NotWhole(f"wrote layers of {real:.3f} bits per weight, not {bits:g}")
+    exact = 8 * head_file_bytes(packed[head].rows, packed[head].columns, head_bits) / packed[head].weights
+    if not math.isclose(real_head, exact, rel_tol=5 * TOLERANCE):  # its rounding may make a group more of one width
+        raise NotWhole(f"wrote a head of {real_head:.3f} bits per weight, not {exact:.3f}")
     return {
         "bits": bits,
-        "measured_bits": _bits(tensors, linears.layers),
+        "measured_bits": round(real, 4),
         "head_bits": head_bits,
-        "measured_head_bits": _bits(tensors, {head: linears.head}),
+        "measured_head_bits": round(real_head, 4),
         "bytes": sum(info.nbytes for info in tensors.values()),
         "tensors": len(tensors),
         "exllamav2": version,
     }
+
+
+def verify_artifact(artifact: Artifact) -> list[str]:
+    """What is wrong with the EXL2 files of an artifact, beside their digests: against their own headers, config.json
+    and the bits that they had when they were made."""
+    report = artifact.manifest.get("report")
+    bits = report.get("measured_bits") if isinstance(report, dict) else None
+    try:
+        check_exl2(artifact.path, bits)
+    except CheckpointError as error:
+        return [error.message]
+    return []
 
 
 def _head_name(source: Checkpoint) -> str:
@@ -129,25 +133,23 @@ def _tensors(folder: Path) -> dict[str, TensorInfo]:
     return found
 
 
-def _check_linear(tensors: dict[str, TensorInfo], module: str, shape: tuple[int, int]) -> None:
-    for part in _PARTS:
-        info = tensors.get(f"{module}.{part}")
-        if info is None:
-            raise NotWhole(f"wrote no {module}.{part}")
-        if info.dtype != _DTYPES[part]:
-            raise NotWhole(f"wrote {module}.{part} as {info.dtype}, not {_DTYPES[part]}")
-    out, rows = pad32(shape[0]), shape[1]
-    groups = tensors[f"{module}.q_scale_max"].shape
-    wanted = {
-        "q_weight": (tensors[f"{module}.q_weight"].shape[0], out),
-        "q_invperm": (rows,),
-        "q_scale": (*groups, out // 8),
-        "q_groups": tuple(2 * size for size in groups),
-    }
-    for part, size in wanted.items():
-        have = tensors[f"{module}.{part}"].shape
-        if have != size:
-            raise NotWhole(f"wrote {module}.{part} with shape {list(have)}, not {list(size)}")
+def _packed(tensors: dict[str, TensorInfo]) -> dict[str, Packed]:
+    """The quantized linears, their headers and data checked."""
+    try:
+        found = packed_linears(tensors)
+        for linear in found.values():
+            check_data(linear)
+    except CheckpointError as error:
+        raise NotWhole(f"wrote a damaged model: {error.message}") from error
+    return found
+
+
+def _check_linear(packed: dict[str, Packed], module: str, shape: tuple[int, int]) -> None:
+    linear = packed.get(module)
+    if linear is None:
+        raise NotWhole(f"wrote no {module}.q_weight")
+    if (linear.columns, linear.rows) != (pad32(shape[0]), shape[1]):
+        raise NotWhole(f"wrote {module} with shape {[linear.columns, linear.rows]}, not {list(shape)}")
 
 
 def _check_config(folder: Path, source: Checkpoint, bits: float, head_bits: int) -> str:
@@ -160,11 +162,8 @@ def _check_config(folder: Path, source: Checkpoint, bits: float, head_bits: int)
         raise NotWhole(f"signed no config.json ({error!r})") from None
     if said != ("exl2", bits, head_bits):
         raise NotWhole(f"signed {said[0]} with {said[1]:g} bits and {said[2]} for the head in config.json")
-    if config.get("rope_theta") != source.config.get("rope_theta", config.get("rope_theta")):
-        raise NotWhole(f"wrote another rope_theta than {source.config['rope_theta']} to config.json")
+    for key in ("rope_theta", "rope_scaling"):  # the only form that exllamav2 reads
+        wanted = written_config(source.config, "").get(key)
+        if config.get(key) != wanted:
+            raise NotWhole(f"wrote {key} {shown(config.get(key))} to config.json, not {shown(wanted)}")
     return shown(signed.get("version", ""), 40)
-
-
-def _bits(tensors: dict[str, TensorInfo], linears: dict[str, tuple[int, int]]) -> float:
-    stored = sum(tensors[f"{module}.{part}"].nbytes for module in linears for part in _PARTS)
-    return round(8 * stored / sum(pad32(out) * rows for out, rows in linears.values()), 4)

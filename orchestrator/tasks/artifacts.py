@@ -82,7 +82,7 @@ def _list(config: Config, store: Store, found: _Found, run: RunFolder) -> None:
 
 
 def _verify(config: Config, store: Store, found: _Found, run: RunFolder) -> None:
-    problems = {artifact.name: store.verify(artifact) for artifact in found.finished}
+    problems = {artifact.name: store.verify(artifact) or _contents(artifact) for artifact in found.finished}
     problems |= {path.name: [f"{MANIFEST} is missing or cannot be read"] for path in found.damaged}
     if config.artifacts.name is not None:
         problems |= {path.name: ["it is unfinished"] for path in found.partials}
@@ -97,6 +97,14 @@ def _verify(config: Config, store: Store, found: _Found, run: RunFolder) -> None
             f"{len(damaged)} of {len(problems)} artifacts are damaged: {', '.join(damaged)}",
             f"Remove one with artifacts.action=prune artifacts.name={damaged[0]}; the next run builds it again.",
         )
+
+
+def _contents(artifact: Artifact) -> list[str]:
+    """What is wrong with an artifact that is as it was built, of the kinds whose files can be looked into."""
+    from orchestrator.stages.exl2_result import verify_artifact
+
+    check = {"exl2": verify_artifact}.get(str(artifact.manifest.get("stage")))
+    return check(artifact) if check else []
 
 
 def _prune(config: Config, store: Store, found: _Found, run: RunFolder) -> None:

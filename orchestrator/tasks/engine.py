@@ -17,7 +17,9 @@ from filelock import FileLock
 
 from orchestrator.checkpoint.digest import digest
 from orchestrator.config import Config, did_you_mean, folder
+from orchestrator.engine.cuda_build import require_tools
 from orchestrator.engine.interpreters import MANIFEST, Pins, backends_of, interpreter, known
+from orchestrator.engine.process import child_environment
 from orchestrator.errors import ConfigError, EngineUnavailableError, RequestError, StageError
 from orchestrator.report.console import console, note
 from orchestrator.runfolder import RunFolder, write_json
@@ -31,7 +33,8 @@ def engine(config: Config, run: RunFolder) -> None:
 
     Raises:
         ConfigError: there is no pinned list of that name.
-        EngineUnavailableError: it was installed and still lacks what its backends need.
+        EngineUnavailableError: this machine lacks what it takes to build it, or it was installed and still lacks what
+            its backends need.
         StageError: the installation failed, with its last line.
     """
     name = config.engine.name
@@ -47,6 +50,8 @@ def engine(config: Config, run: RunFolder) -> None:
         with FileLock(made.parent / f".{name}.lock"):
             built = not _up_to_date(made, pins)
             if built:
+                if pins.builds:
+                    require_tools(*pins.builds, os.environ)
                 run.status("installing")
                 _make(made, pins, run)
     except OSError as error:
@@ -129,7 +134,8 @@ def _check(pins: Pins, python: Path) -> None:
     """Imports what its backends need: a package can be there and broken by another one."""
     name = pins.path.stem
     packages = sorted({package for backend in backends_of(name) for package in backend.packages})
-    done = subprocess.run([python, "-c", f"import {', '.join(packages)}"], capture_output=True, text=True)
+    command = [str(python), "-c", f"import {', '.join(packages)}"]
+    done = subprocess.run(command, env=child_environment(str(python), {}), capture_output=True, text=True)
     if done.returncode:
         words = done.stderr.strip().splitlines()[-1]
         raise EngineUnavailableError(f"{name} was installed and cannot be imported: {words}", pins.hint)

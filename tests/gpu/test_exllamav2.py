@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,8 @@ import pytest
 
 from orchestrator import embedded
 from orchestrator.backends.protocol import Delta, Failed, Finished, Request
+from orchestrator.checkpoint.exl2_layout import decode, packed_linears
+from orchestrator.checkpoint.safetensors_header import read_safetensors_header
 from orchestrator.config import BackendConfig, CacheConfig, Config, ParallelConfig, PathsConfig, QuantConfig
 from orchestrator.runfolder import RunFolder
 from orchestrator.tasks.session import Session, look, open_session
@@ -202,3 +205,68 @@ def test_a_finished_folder_is_a_model_that_is_loaded_as_it_is(tmp_path: Path, st
     planned = again["plan"]["gpus"][0]["weights"]  # by the headers, not by an average width
     assert again["measured"]["placement"]["cuda:0"] == pytest.approx(planned, rel=0.001)
     assert [a["answer"] for a in again["answers"]] == [a["answer"] for a in made["answers"]]
+
+
+def test_a_conversion_that_was_killed_goes_on(tmp_path: Path, store: Path) -> None:
+    own = tmp_path / "store"
+    command = [sys.executable, "-m", "orchestrator", "backend=exllamav2", "hardware.gpus=[0]", "quant.bits=4"]
+    command += [f"paths.artifacts={own}", f"paths.runs={tmp_path / 'killed'}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not any(
+        "Measured: model.layers.0" in log.read_text() for log in (tmp_path / "killed").glob("*/convert.log")
+    ):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    (record,) = own.glob("measurement-*.partial/work/job_new.json")
+    assert json.loads((record.parent / "last_good" / record.name).read_text())["progress"] == "measure_quant"
+    record.write_text(record.read_text()[:100])  # as if killed while it was written
+    result = run(tmp_path / "again", own, "quant.bits=4", "generation.max_tokens=8")
+    (log,) = (tmp_path / "again").glob("*/convert.log")
+    assert "-- Resuming job" in log.read_text()
+    assert "Tokenizing samples (measurement)" not in log.read_text()
+    assert result["answers"][0]["answer"]
+
+
+def test_a_base_is_measured_for_its_merges(tmp_path: Path, store: Path) -> None:
+    own = tmp_path / "store"
+    short = ("quant.bits=4", "generation.max_tokens=8", "prompts.text=Hello")
+    run(tmp_path / "base", own, f"model.path={embedded.BASE}", *short)
+    result = run(
+        tmp_path / "merged", own, f"model.path={embedded.BASE}", f"model.adapter={embedded.FOLDER / 'adapter'}", *short
+    )
+    built = {artifact["name"].partition("-")[0]: artifact["built"] for artifact in result["artifacts"]}
+    assert built == {"merge": True, "measurement": False, "exl2": True}
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_texts_of_the_users(kind: str, tmp_path: Path, store: Path) -> None:
+    file = embedded.FOLDER / {"txt": "heldout.txt", "jsonl": "heldout_chat.jsonl"}[kind]
+    options = [f"quant.calibration.file={file}", "quant.calibration.rows=4", "quant.calibration.length=256"]
+    result = run(tmp_path, store, "quant.bits=4", *options, "convert.verify=true", "generation.max_tokens=8")
+    (name,) = [a["name"] for a in result["artifacts"] if a["name"].startswith("exl2-")]
+    said = json.loads((store / name / "config.json").read_text())["quantization_config"]["calibration"]
+    assert said == {"rows": 4, "length": 256, "dataset": f"{file.stem}.parquet"}
+
+
+def test_decoding_agrees_with_the_engines_own(tmp_path: Path, store: Path) -> None:
+    result = run(tmp_path, store, "quant.bits=4", "generation.max_tokens=8")
+    (name,) = [a["name"] for a in result["artifacts"] if a["name"].startswith("exl2-")]
+    script = """
+import sys
+from orchestrator.backends.exl2_setup import prepare_attention
+prepare_attention()
+import torch
+from exllamav2 import ExLlamaV2, ExLlamaV2Config
+model = ExLlamaV2(ExLlamaV2Config(sys.argv[1]))
+model.load()
+names = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj", "lm_head")
+torch.save({name: model.modules_dict[name].get_weight_tensor_dq().cpu() for name in names}, sys.argv[2])
+"""
+    subprocess.run([sys.executable, "-c", script, store / name, tmp_path / "own.pt"], check=True, timeout=600)
+    tensors = {i.name: i for f in (store / name).glob("*.safetensors") for i in read_safetensors_header(f).tensors}
+    linears = packed_linears(tensors)
+    for module, wanted in torch.load(tmp_path / "own.pt").items():
+        assert torch.equal(torch.from_numpy(decode(linears[module])), wanted.float()), module

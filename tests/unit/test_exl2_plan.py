@@ -169,10 +169,27 @@ def test_settings_that_cannot_be(small: ModelSpec, settings: dict[str, Any], mes
         estimate(small, machine(24, 24), ask(**keys))
 
 
-def test_a_calibration_that_is_no_parquet(small: ModelSpec, tmp_path: Path) -> None:
-    file = tmp_path / "rows.txt"
-    file.touch()
-    with pytest.raises(ConfigError, match=r"reads \.parquet only"):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", "a", r"rows\.csv is not one of \.parquet, \.txt, \.jsonl"),
+        ("rows.txt", "", r"rows\.txt is empty"),
+        ("rows.txt", " \n\n", r"rows\.txt holds no text: only blank lines"),
+        ("rows.jsonl", "\n{", r"rows\.jsonl line 2 is not JSON"),
+        (
+            "rows.jsonl",
+            '{"texts": "a"}',
+            r'line 1 has no text\. It takes an object a line with "text", "prompt" or "mess',
+        ),
+        ("rows.jsonl", '{"messages": [{"role": "x", "content": "a"}]}', "line 1 has no text"),
+    ],
+)
+def test_calibration_files_that_cannot_be(
+    small: ModelSpec, tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
         estimate(small, machine(24), ask(quant__calibration__file=str(file)))
 
 

@@ -15,72 +15,28 @@ from typing import Any
 
 import psutil
 import pytest
-from composing import composed, hydra_ready
-from exl2_models import measurement, write_exl2, write_fake
+from exl2_bench import GPU, SHAPE, TESTS, Bench, make_bench
+from exl2_models import measurement, write_exl2
 from small_models import Llama, write_headers
 
-from orchestrator import hardware
-from orchestrator.checkpoint.folder import open_checkpoint
-from orchestrator.checkpoint.spec import model_spec
-from orchestrator.config import Config
+from orchestrator.artifacts import Built, Recipe, Store
+from orchestrator.checkpoint.digest import digest
+from orchestrator.checkpoint.folder import fingerprint, open_checkpoint
 from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError, StageError
-from orchestrator.hardware import GIB, Gpu, Hardware
 from orchestrator.pipeline import Model, Source, disk_needs
-from orchestrator.plan.exllamav2 import estimate
-from orchestrator.plan.types import Ask, Candidate
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages import converter, exl2
-from orchestrator.stages.exl2_result import NotWhole, judge_measurement, judge_model
+from orchestrator.stages.exl2_log import overflow
+from orchestrator.stages.exl2_measurement import expected_bits, judge_measurement
+from orchestrator.stages.exl2_result import NotWhole, judge_model
+from orchestrator.tasks.artifacts import artifacts
 
-SHAPE = Llama(layers=2)
-GPU = Gpu(0, "a card", 24 * GIB, 23 * GIB, (8, 6))
-TESTS = Path(__file__).parents[1]
-
-
-class Bench:
-    """A model, a store, a run folder, and the fake converter in the place of the real one."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.source = write_headers(folder / "model", SHAPE)
-        (self.source / "tokenizer.json").write_text("{}")
-        (self.source / "model.safetensors.index.json").write_text(
-            json.dumps({"metadata": {}, "weight_map": dict.fromkeys(SHAPE.tensors(), "model.safetensors")})
-        )
-        (folder / "run").mkdir()
-        self.run = RunFolder(folder / "run")
-
-    def quantize(self, bits: float = 4.0, *options: str) -> Model:
-        return exl2.quantize(self.config(*options), Model(self.source), self.chosen(bits), self.run)
-
-    def config(self, *options: str) -> Config:
-        with hydra_ready():
-            return composed("backend=exllamav2", f"paths.artifacts={self.folder / 'store'}", *options)
-
-    def chosen(self, bits: float) -> Candidate:
-        spec = model_spec(open_checkpoint(self.source))
-        ask = Ask("exllamav2", "exl2", bits, "float16", False, None, 512, 1)
-        return estimate(spec, Hardware("auto", (GPU,), 64 * GIB, 64 * GIB, 8), ask)
-
-    @property
-    def log(self) -> str:
-        return (self.run.path / "convert.log").read_text()
-
-    def runs(self) -> list[dict[str, Any]]:
-        """The arguments of each run of the converter."""
-        lines = self.log.splitlines()
-        return [json.loads(line.removeprefix("arguments ")) for line in lines if line.startswith("arguments ")]
+BETWEEN = "job_new.json is of a crash between two checkpoints"
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setenv("PYTHONPATH", str(write_fake(tmp_path / "fake")))
-    monkeypatch.setenv("FAKE_TESTS", str(TESTS))
-    monkeypatch.setenv("EXLLAMA_NO_FLASH_ATTN", "1")  # no import of torch in the child
-    monkeypatch.setattr(exl2, "require", lambda *_: sys.executable)
-    for module in (exl2, hardware):
-        monkeypatch.setattr(module, "nvml_gpus", lambda: ((GPU,), ()))
-    return Bench(tmp_path)
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return make_bench(tmp_path, monkeypatch)
 
 
 def test_a_model_and_its_measurement(bench: Bench) -> None:
@@ -92,12 +48,13 @@ def test_a_model_and_its_measurement(bench: Bench) -> None:
     ]
     report = model.artifacts[1].manifest["report"]
     assert report["bits"] == 4.0
-    assert report["measured_bits"] == pytest.approx(4.2, abs=0.3)  # of so small matrices, scales are a large part
+    assert report["measured_bits"] == pytest.approx(4.0, rel=0.01)
+    assert report["measured_on"] == "this model"
     measuring, quantizing = bench.runs()
     assert measuring["om"].endswith("/measurement.json")
     assert measuring["cf"] is None
     assert quantizing["m"] == str(model.artifacts[0].path / "measurement.json")
-    assert (quantizing["b"], quantizing["hb"], quantizing["l"]) == ("4.0", "6", "2048")
+    assert (quantizing["b"], quantizing["hb"], quantizing["l"]) == (4.0, 6, 2048)
     status = json.loads((bench.run.path / "status.json").read_text())
     assert status["stage"] == "Quantizing"
 
@@ -130,9 +87,93 @@ def test_a_measurement_of_the_users(bench: Bench) -> None:
     file = bench.folder / "mine.json"
     file.write_text(json.dumps(measurement(SHAPE)))
     assert len(bench.quantize(4.0, f"quant.measurement={file}").artifacts) == 1
+    other = bench.quantize(4.0, f"quant.measurement={file}", "quant.calibration.length=1024")
+    assert len(other.built) == 1  # another calibration, another model
+    assert other.artifacts[-1].manifest["report"]["measured_on"] == "a file of the user's"
     file.write_text(json.dumps(measurement(Llama(layers=1))))
     with pytest.raises(ConfigError, match=r"measured nothing of 2 of 4 blocks, the first is model\.layers\.1\.mlp"):
         bench.quantize(6.0, f"quant.measurement={file}")
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (Llama(intermediate=512), r"was made of a model\.layers\.0\.mlp with other shapes"),
+        (Llama(hidden=256), r"was made of a model\.layers\.0\.self_attn with other shapes"),
+        (Llama(kv_heads=1), r"was made of a model\.layers\.0\.self_attn with other shapes"),
+    ],
+)
+def test_a_measurement_of_other_shapes(bench: Bench, shape: Llama, message: str) -> None:
+    file = bench.folder / "mine.json"
+    file.write_text(json.dumps(measurement(shape)))
+    with pytest.raises(ConfigError, match=message):
+        bench.quantize(4.0, f"quant.measurement={file}")
+
+
+def test_a_merged_model_takes_its_bases_measurement(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(bench.folder / "store")
+    base = fingerprint(open_checkpoint(bench.source))
+
+    def merge(number: int, shape: Llama = SHAPE) -> Model:
+        recipe = Recipe("merge", "1", {}, {"base": base, "adapter0": number})
+
+        def make(out: Path) -> Built:
+            write_headers(out, shape)
+            (out / "tokenizer.json").write_text("{}")
+            return Built({}, {})
+
+        artifact, _ = store.build(recipe, make, 0, list, lambda: None)
+        return Model(artifact.path, (artifact,))
+
+    def quantize(model: Model, *options: str) -> Model:
+        return exl2.quantize(bench.config(*options), model, bench.chosen(4.0), bench.run)
+
+    own = quantize(merge(1))  # before the base was measured
+    assert [name.partition("-")[0] for name in own.built] == ["measurement", "exl2"]
+    measured = bench.quantize().artifacts[0]
+    assert quantize(merge(1)).path == own.path  # what is there stays
+    capsys.readouterr()
+
+    found = quantize(merge(2))
+    assert [name.partition("-")[0] for name in found.built] == ["exl2"]
+    assert found.artifacts[1].name == measured.name
+    manifest = found.artifacts[-1].manifest
+    assert manifest["inputs"]["measurement"] == measured.name
+    assert manifest["report"]["measured_on"] == "its base"
+    assert f"that of its base is used ({measured.name}); nothing is measured anew" in capsys.readouterr().err
+    again = quantize(merge(2))
+    assert again.built == ()
+    assert again.artifacts[1].name == measured.name  # marked as used
+
+    assert len(quantize(merge(2), "quant.calibration.length=1024").built) == 2  # another calibration
+    with pytest.raises(StageError, match="wrote model"):  # (the fake makes one shape only)
+        quantize(merge(3, Llama(layers=2, intermediate=512)))
+    assert bench.runs()[-2]["om"] is not None  # a merge that changed shapes is measured
+
+
+def test_a_measurement_of_a_base_that_was_converted_first(bench: Bench) -> None:
+    store = Store(bench.folder / "store")
+    made = {}
+    for stage, inputs in (("convert", {"base": "b"}), ("merge", {"base": "b", "adapter0": "a"})):
+
+        def make(out: Path) -> Built:
+            write_headers(out, SHAPE)
+            return Built({}, {})
+
+        artifact, _ = store.build(Recipe(stage, "1", {}, inputs), make, 0, list, lambda: None)
+        made[stage] = Model(artifact.path, (artifact,))
+    built = [exl2.quantize(bench.config(), made[s], bench.chosen(4.0), bench.run).built for s in ("convert", "merge")]
+    assert [len(names) for names in built] == [2, 1]
+
+
+def test_what_a_target_gives(tmp_path: Path) -> None:
+    source = open_checkpoint(write_headers(tmp_path / "model", SHAPE))
+    file = tmp_path / "measurement.json"
+    file.write_text(json.dumps(measurement(SHAPE)))
+    assert expected_bits(file, source, 2.0) == pytest.approx((2.29, 2.29), abs=0.1)  # the least that there is
+    low, high = expected_bits(file, source, 5.0)
+    assert (low, high) == (pytest.approx(4.4, abs=0.1), 5.0)  # so small a model has few steps
+    assert expected_bits(file, source, 8.5)[1] == pytest.approx(8.29, abs=0.1)
 
 
 def test_what_the_converter_is_given(bench: Bench) -> None:
@@ -165,7 +206,9 @@ def test_what_the_converter_is_given(bench: Bench) -> None:
     ("fault", "kind", "message"),
     [
         ("nothing", StageError, "ended with code 0 and wrote no measurement; its last error: Error: 7 is not a sup"),
-        ("raise", StageError, "ended with code 1 and wrote no measurement; its last error: ValueError: Hessian is not"),
+        ("fault", StageError, "ended with code 1 and wrote no measurement; its last error: KeyError: 'hidden_size'"),
+        ("raise", StageError, "cannot convert this model: a Hessian that cannot be inverted"),
+        ("overflow", StageError, r"hidden states beyond float16's range in model\.layers\.1 \(MLP\)"),
         ("oom", DoesNotFitError, r"ran out of GPU memory \(.*CUDA out of memory"),
     ],
 )
@@ -180,6 +223,38 @@ def test_a_converter_that_gives_nothing(
     assert len(bench.quantize().built) == 2
 
 
+def test_a_whole_model_of_nonsense(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_FAULT", "nan")
+    with pytest.raises(StageError, match=r"results that are no numbers \(NaN\) in model\.layers\.1 \(MLP\)") as caught:
+        bench.quantize()
+    assert "Type backend=bitsandbytes quant.bits=4" in caught.value.hint
+    with pytest.raises(StageError, match="no numbers"):  # nothing of it is taken for finished
+        bench.quantize()
+    monkeypatch.delenv("FAKE_FAULT")
+    assert len(bench.quantize().built) == 1
+
+
+def test_verify_looks_into_the_files(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    model = bench.quantize(4.0, "convert.verify=true")
+    assert "verified: 3 files by their digests, every linear's groups, order and scales; layers of 3.9" in (
+        capsys.readouterr().err
+    )
+    artifacts(bench.config("artifacts.action=verify"), bench.run)
+    store, artifact = Store(bench.folder / "store"), model.artifacts[-1]
+    other = write_exl2(bench.folder / "other", SHAPE, 5)  # as if it had been made wrong: its digests are right
+    (model.path / "output.safetensors").write_bytes((other / "output.safetensors").read_bytes())
+    manifest = json.loads((model.path / "manifest.json").read_text())
+    file = model.path / "output.safetensors"
+    manifest["files"][file.name] |= {"size": file.stat().st_size, "xxh3_128": digest(file)}
+    (model.path / "manifest.json").write_text(json.dumps(manifest))
+    assert store.verify(store.finished()[0]) == []
+    with pytest.raises(StageError, match=rf"1 of 2 artifacts are damaged: {artifact.name}"):
+        artifacts(bench.config("artifacts.action=verify"), bench.run)
+    assert f"{artifact.name}: {model.path}: its layers have 4.9" in capsys.readouterr().out
+    with pytest.raises(StageError, match=r"is damaged: .*its layers have 4\.9\d+ bits per weight, not 3\.9"):
+        bench.quantize(4.0, "convert.verify=true")
+
+
 def test_a_model_that_is_not_whole(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_FAULT", "norm")
     with pytest.raises(StageError, match=r"and wrote no model\.norm\.weight"):
@@ -189,27 +264,119 @@ def test_a_model_that_is_not_whole(bench: Bench, monkeypatch: pytest.MonkeyPatch
     assert bench.quantize().path.name.startswith("exl2-")
 
 
-@pytest.mark.parametrize(
-    ("damage", "resumed"),
-    [(None, True), ('{"in_dir": ', False), ({"invalid": True}, False), ({"in_dir": "/elsewhere"}, False)],
-)
-def test_one_that_is_interrupted_goes_on(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, damage: str | dict[str, Any] | None, resumed: bool
-) -> None:
+def test_one_that_is_interrupted_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_FAULT", "sleep")
     monkeypatch.setattr(exl2, "_progress", interrupted_at(0.5))
     with pytest.raises(KeyboardInterrupt):
         bench.quantize()
     assert nothing_runs("convert_exl2", str(bench.folder))
-    (job,) = (bench.folder / "store").glob("measurement-*.partial/work/job_new.json")
-    if isinstance(damage, str):  # killed while it was written
-        job.write_text(damage)
-    elif damage is not None:
-        job.write_text(json.dumps(json.loads(job.read_text()) | damage))
     monkeypatch.setattr(exl2, "_progress", interrupted_at(2))
     monkeypatch.delenv("FAKE_FAULT")
     assert len(bench.quantize().built) == 2
-    assert (" -- Resuming job quant" in bench.log) is resumed
+    assert " -- Resuming job measure_quant" in bench.log
+
+
+@pytest.mark.parametrize(
+    ("moment", "said", "again"),
+    [
+        ("working 2", "measuring: going on where an earlier run stopped (measure_quant)", [2, 3]),
+        ("temp 2", "measuring: going on where an earlier run stopped (measure_quant)", [2, 3]),
+        (
+            "invalid 2",
+            "is of a crash between two checkpoints: taken back to the last good one (measure_quant, mod",
+            [2, 3],
+        ),
+        (
+            "swapped 3",
+            "is of a crash between two checkpoints: taken back to the last good one (measure_quant, mod",
+            [3],
+        ),
+        ("half 3", "is damaged: taken back to the last good one (measure_quant, module 2)", [3]),
+        (
+            "swapped 1",
+            "is of a crash between two checkpoints: taken back to the last good one (measure_quant)",
+            [1, 2, 3],
+        ),
+    ],
+)
+def test_a_crash_costs_no_more_than_what_was_done_since_the_last_checkpoint(
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moment: str,
+    said: str,
+    again: list[int],
+) -> None:
+    monkeypatch.setenv("FAKE_FAULT", f"kill {moment}")
+    with pytest.raises(StageError, match="was killed by signal 9 and wrote no measurement"):
+        bench.quantize()
+    monkeypatch.delenv("FAKE_FAULT")
+    before = len(bench.modules())
+    assert len(bench.quantize().built) == 2
+    assert bench.modules()[before:] == [*again, 1, 2, 3]  # and those of the quantization
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"record": "{"}, "job_new.json is damaged): begun anew"),
+        ({"invalid": True}, f"{BETWEEN}): begun anew"),
+        ({"in_dir": "/elsewhere"}, "was begun with another in_dir /elsewhere instead of "),
+        ({"measurement_length": 1024}, "was begun with another measurement_length 1024 instead of 2048): begun anew"),
+        ({"file": "hidden_states.safetensors"}, "has no hidden_states.safetensors to go with it): begun anew"),
+        ({"file": "cal_data.safetensors"}, "has no cal_data.safetensors to go with it): begun anew"),
+    ],
+)
+def test_one_that_nothing_good_is_left_of_is_begun_anew(
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: dict[str, Any],
+    said: str,
+) -> None:
+    monkeypatch.setenv("FAKE_FAULT", "kill working 2")
+    with pytest.raises(StageError, match="was killed by signal 9"):
+        bench.quantize()
+    monkeypatch.delenv("FAKE_FAULT")
+    (work,) = (bench.folder / "store").glob("measurement-*.partial/work")
+    for place in (work, work / "last_good"):
+        record = place / "job_new.json"
+        if "file" in damage:
+            (place / damage["file"]).unlink(missing_ok=True)
+        elif "record" in damage:
+            record.write_text(damage["record"])
+        else:
+            record.write_text(json.dumps(json.loads(record.read_text()) | damage))
+    before = len(bench.modules())
+    assert len(bench.quantize().built) == 2
+    assert bench.modules()[before:] == [1, 2, 3, 1, 2, 3]
+    assert said in capsys.readouterr().err
+
+
+def test_a_job_of_other_bits_is_not_gone_on_with(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.quantize()
+    monkeypatch.setenv("FAKE_FAULT", "kill working 2")
+    with pytest.raises(StageError, match="was killed by signal 9"):
+        bench.quantize(6.0)
+    monkeypatch.delenv("FAKE_FAULT")
+    (record,) = (bench.folder / "store").glob("exl2-*.partial/work/job_new.json")
+    job = json.loads(record.read_text())
+    for change, said in (
+        ({"bits": 5.0}, "was begun with another bits 5.0 instead of 6.0): begun anew"),
+        ({"head_bits": 8}, "was begun with another head_bits 8 instead of 6): begun anew"),
+        ({"measurement": {}}, "was begun with another measurement): begun anew"),
+    ):
+        monkeypatch.setenv("FAKE_FAULT", "kill working 2")
+        record.write_text(json.dumps(job | change))
+        (record.parent / "last_good" / "job_new.json").write_text(record.read_text())
+        with pytest.raises(StageError, match="was killed by signal 9"):
+            bench.quantize(6.0)
+        assert said in capsys.readouterr().err
+    monkeypatch.delenv("FAKE_FAULT")
+    assert bench.quantize(6.0).artifacts[-1].manifest["report"]["bits"] == 6.0
 
 
 def interrupted_at(done: float) -> Any:
@@ -275,7 +442,7 @@ def test_unquantized_with_rope_keys_that_it_does_not_read(bench: Bench) -> None:
 def test_rows_no_longer_than_the_model(bench: Bench) -> None:
     (bench.source / "config.json").write_text(json.dumps(SHAPE.config() | {"max_position_embeddings": 700}))
     bench.quantize()
-    assert bench.runs()[0]["ml"] == "640"
+    assert bench.runs()[0]["ml"] == 640
     with pytest.raises(ConfigError, match="more than the model's 700 positions"):
         bench.quantize(4.0, "quant.calibration.length=1024")
 
@@ -283,8 +450,8 @@ def test_rows_no_longer_than_the_model(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"leave_out": "model.layers.1.mlp.up_proj.q_scale"}, r"wrote no model\.layers\.1\.mlp\.up_proj\.q_scale"),
-        ({"leave_out": "lm_head.q_weight"}, r"wrote no lm_head\.q_weight"),
+        ({"leave_out": "model.layers.1.mlp.up_proj.q_scale"}, r"there is no model\.layers\.1\.mlp\.up_proj\.q_scale"),
+        ({"leave_out": "lm_head.q_weight"}, r"there is no lm_head\.q_weight"),
         ({"leave_out": "model.embed_tokens.weight"}, r"wrote no model\.embed_tokens\.weight"),
         ({"signed": {"bits": 5.0}}, "signed exl2 with 5 bits and 6 for the head"),
         ({"signed": {"quant_method": "gptq"}}, "signed gptq"),
@@ -336,3 +503,33 @@ def test_errors_in_a_log(tmp_path: Path) -> None:
     killed = converter.Failure("m", -9, log, start).error("wrote nothing")
     assert "was killed by signal 9 and wrote nothing" in killed.message
     assert "it continues" in killed.hint
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        (
+            " -- Layer: model.layers.3 (Attention)\n ## Measurement/inference error (2): hidden_states",
+            "(NaN) in model.layers.3",
+        ),
+        (" -- Layer: model.layers.3 (MLP)\n ## Measurement/inference error (1)", "no width that gives back"),
+        (" -- Sublayer: model.layers.0.mlp\n ## Measurement/inference error (1)", "in model.layers.0.mlp"),
+        (
+            " -- Layer: lm_head\n -- Module quantized, calibration perplexity (quant): nan",
+            "no numbers (NaN) in lm_head",
+        ),
+        (" -- Module quantized, rfn_error: inf", "results that are no numbers"),
+        ("OverflowError: math range error", "a perplexity beyond any number"),
+    ],
+)
+def test_signs_of_an_overflow(lines: str, found: str) -> None:
+    assert found in overflow(f" -- Beginning new job\n{lines}\n")
+
+
+def test_no_sign_of_an_overflow() -> None:
+    lines = (
+        " -- Layer: model.layers.3 (MLP)\n !! Measurement/inference warning (3): hidden_states\n !! clamping state\n"
+        " -- Module quantized, rfn_error: 0.001234\n -- Module quantized, calibration perplexity (quant): 8.1234\n"
+        " !! Warning: Applied additional damping\n"
+    )
+    assert overflow(lines) == ""
