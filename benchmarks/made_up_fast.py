@@ -41,8 +41,30 @@ def write_plain(folder: Path, shape: Shape, context: int) -> Path:
     return _write(folder, "model.safetensors", tensors, _config(shape, context), shape.vocab)
 
 
-def write_exl2(folder: Path, shape: Shape, context: int, bits: int) -> Path:
-    """The same model in EXL2: `bits` (2, 3, 4, 5, 6 or 8) for the linears of the layers."""
+def write_config(folder: Path, shape: Shape, context: int) -> Path:
+    """A folder with nothing but the float16 model's config.json: enough for a plan."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(_config(shape, context), indent=1))
+    return folder
+
+
+def write_exl2(folder: Path, shape: Shape, context: int, bits: int, *, hollow: bool = False) -> Path:
+    """The same model in EXL2: `bits` (2, 3, 4, 5, 6 or 8) for the linears of the layers.
+
+    Args:
+        hollow: the file has its header and its length, and takes no room: it is for plans, not for loading.
+    """
+    signed = {"quant_method": "exl2", "version": "0.3.2", "bits": float(bits), "head_bits": HEAD_BITS}
+    config = _config(shape, context) | {"quantization_config": signed}
+    return _write(folder, "output.safetensors", _exl2_tensors(shape, bits), config, shape.vocab, hollow)
+
+
+def exl2_bytes(shape: Shape, bits: int) -> int:
+    """Bytes of all tensors of such a model; nothing is written."""
+    return sum(map(_bytes, _exl2_tensors(shape, bits).values()))
+
+
+def _exl2_tensors(shape: Shape, bits: int) -> dict[str, Tensor]:
     words = _repeated(_random(np.uint32))
     linears = {
         f"model.layers.{layer}.{module}": (size, ((bits, size[1]),))
@@ -57,9 +79,7 @@ def write_exl2(folder: Path, shape: Shape, context: int, bits: int) -> Path:
     for name, size in shape.tensors():
         if name.removesuffix(".weight") not in linears:
             tensors[name] = ("F16", size, half if len(size) > 1 else _ones)
-    signed = {"quant_method": "exl2", "version": "0.3.2", "bits": float(bits), "head_bits": HEAD_BITS}
-    config = _config(shape, context) | {"quantization_config": signed}
-    return _write(folder, "output.safetensors", tensors, config, shape.vocab)
+    return tensors
 
 
 def _head_parts(rows: int) -> tuple[tuple[int, int], ...]:
@@ -129,7 +149,9 @@ def _of(values: Words) -> Bytes:
     return lambda count: iter([values.tobytes()])
 
 
-def _write(folder: Path, file: str, tensors: dict[str, Tensor], config: dict[str, Any], vocab: int) -> Path:
+def _write(
+    folder: Path, file: str, tensors: dict[str, Tensor], config: dict[str, Any], vocab: int, hollow: bool = False
+) -> Path:
     if (folder / "done").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +159,9 @@ def _write(folder: Path, file: str, tensors: dict[str, Tensor], config: dict[str
     ordered = sorted(tensors.items(), key=lambda item: item[1][0] != "I32")
     with (folder / file).open("wb") as out:
         out.write(_header(ordered))
-        for _, tensor in ordered:
+        if hollow:
+            out.truncate(out.tell() + sum(_bytes(tensor) for _, tensor in ordered))
+        for _, tensor in () if hollow else ordered:
             _fill(out, tensor)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     write_tokenizer(folder, vocab, int(config["max_position_embeddings"]))
