@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 from composing import composed
-from exl2_models import exl2_tensors, write_exl2
+from exl2_models import write_exl2
 from packed_models import PACK, SIZES, tensors_of, write_packed
 from small_models import LLAMA_70B, Llama, write_headers
 
 from orchestrator.checkpoint.folder import open_checkpoint
+from orchestrator.checkpoint.safetensors_header import read_safetensors_header
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
 from orchestrator.errors import CheckpointError, ConfigError, DoesNotFitError, EngineUnavailableError, RequestError
 from orchestrator.hardware import GIB, MIB, Gpu, Hardware
@@ -120,10 +121,10 @@ def test_exllamav2_holds_what_is_stored_and_a_group_map(tmp_path: Path) -> None:
     folder = write_exl2(tmp_path, SHAPE, 4, 6)
     spec = spec_of(folder)
     (chosen,) = make_plan(composed(), spec, cards(1)).candidates
-    tensors = exl2_tensors(SHAPE, 4, 6)
-    stored = sum(math.prod(size) * SIZES.get(dtype, 2) for dtype, size in tensors.values())
+    tensors = read_safetensors_header(folder / "output.safetensors").tensors
+    stored = sum(tensor.nbytes for tensor in tensors)
     embedding = 2 * SHAPE.vocab * SHAPE.hidden
-    rows = sum(size[0] for name, (_, size) in tensors.items() if name.endswith("q_invperm"))
+    rows = sum(tensor.shape[0] for tensor in tensors if tensor.name.endswith("q_invperm"))
     down = SHAPE.layers * SHAPE.intermediate  # whose permutation is folded into gate and up
     assert chosen.gpus[0].weights == stored - embedding + 4 * (rows - down)
     assert chosen.host.weights == embedding
