@@ -7,13 +7,13 @@
     exl2_depth.py report OUT                          everything that is there into results/exl2_depth.json
 
 Parts of `sweep`: separate-4, separate-6, separate-8, one, two (at once on two GPUs, by Hydra's launcher), two-processes
-(the same without it). NAMEs of `speed`: 1b, 8b, tiny. Parts of `big`: bandwidth, plan, auto, split, largest, largest-split. Parts of `kill`: whole, again, 10, 30, 50, 70, 90 (percent of an
-uninterrupted run's time).
+(the same without it). NAMEs of `speed`: 1b, 8b, tiny. Parts of `big`: bandwidth, plan, auto, split, largest,
+largest-split. Parts of `kill`: whole, again, 10, 30, 50, 70, 90 (percent of an uninterrupted run's time).
 
 Each part is one OUT/PART.json, written as soon as it is over; what is there is not done again, what failed is.
 `--minutes N` ends a command after so many minutes, with what it has. `--tiny` takes a model that is loaded in a
-moment: it proves the way, and its numbers mean nothing. CUDA_VISIBLE_DEVICES chooses the GPUs; `two` and `big` need
-two of them, the others take the first.
+moment: it proves the way, and its numbers mean nothing. CUDA_VISIBLE_DEVICES chooses the GPUs; `two`,
+`two-processes` and `big` need two of them, the others take the first.
 
 The 1B, the 8B and the 70B are made up: true shapes and files, random words, so that they show memory, placement and
 speed, and answer noise. Copy bandwidth is that of torch's copy of 4 GiB on one GPU, bytes read and bytes written.
@@ -409,11 +409,11 @@ def roomy(needed: int, work: Path, name: str) -> Path:
     """A folder of this name where there is room for so many bytes, or that is there already."""
     in_memory = SHARED_MEMORY.is_dir() and host_memory()[1] > needed + LEAVE_HOST
     for place in (SHARED_MEMORY, work):
-        if (place / name).is_dir():
-            return place / name
+        if (folder := place / name).is_dir():
+            return folder
     for place in (*((SHARED_MEMORY,) if in_memory else ()), work):
         if shutil.disk_usage(place).free > 1.02 * needed:
-            return place / name
+            return Path(place / name)
     raise RuntimeError(f"neither {SHARED_MEMORY} nor {work} has room for {needed / GIB:.1f} GiB")
 
 

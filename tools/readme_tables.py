@@ -176,6 +176,49 @@ def plans(model: Path, profile: str) -> list[dict[str, Any]]:
     return [candidate for candidate in found if not candidate["needs"]]
 
 
+def depth() -> str:
+    """ExLlamaV2: sweeps, speed, a 70B and killed conversions."""
+    result = json.loads((RESULTS / "exl2_depth.json").read_text())
+    return (
+        "EXL2 beside what it is compared with; models are made up (true shapes, random words), and answer noise:\n\n"
+        f"{table(['', 'ours', 'beside it', 'ratio', 'to reach'], depth_rows(result['summary']))}\n\n"
+        f"`benchmarks/exl2_depth.py`: {environment(result)}"
+    )
+
+
+def depth_rows(found: dict[str, Any]) -> list[list[str]]:
+    """The lines of that table."""
+    rows: list[list[str]] = []
+    if sweep := found["sweep"]:
+        names = {"one": "on one GPU", "two": "on two GPUs", "two-processes": "on two GPUs, two processes"}
+        for name, ratio in sweep["ratio"].items():
+            seconds = [f"{sweep['ours_s'][name]:.0f} s", f"{sweep['separate_s']:.0f} s, three runs of the converter"]
+            bound = f"at most {sweep['bounds'][name]}"
+            rows.append([f"4, 6 and 8 bits of 4 layers of a 1B, {names[name]}", *seconds, f"{ratio:.2f}", bound])
+    for name, speed in found["speed"].items():
+        for count, ratio in speed["ratio"].items():
+            ours, bare = f"{speed['ours'][count]:,.0f} tokens/s", f"{speed['bare'][count]:,.0f}, the bare generator"
+            rows.append(
+                [f"{name.upper()}, {count} in flight", ours, bare, f"{ratio:.3f}", f"at least {speed['bound']}"]
+            )
+        read, copied = (speed[key] / 1e9 for key in ("read_bytes_per_s", "copy_bytes_per_s"))
+        share = f"{speed['share_of_copy']:.2f}"
+        rows.append([f"{name.upper()}, weights read", f"{read:,.0f} GB/s", f"{copied:,.0f}, a copy", share, ""])
+    for name, load in found["big"].items():
+        label = f"70B on 2 x 24 GiB, {name}, context {load['context']:,}"
+        if load["limit_tokens_per_s"]:
+            limit, share = f"{load['limit_tokens_per_s']:.0f}, the bandwidth's limit", f"{load['share_of_limit']:.2f}"
+            rows.append([f"{label}: decode", f"{load['decode_tokens_per_s']:.1f} tokens/s", limit, share, ""])
+        for device, gpu in load["gpus"].items():
+            planned, held = (gpu[key] / 2**30 for key in ("planned", "measured"))
+            ratio = f"{held / planned:.3f}"
+            rows.append([f"{label}: {device}", f"{held:.2f} GiB", f"{planned:.2f}, the plan", ratio, ""])
+    if kill := found["kill"]:
+        label = "conversions that were killed and resumed: the same tensors"
+        rows.append([label, str(kill["equal"]), f"{kill['killed']}, killed", "", "all"])
+    return rows
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "planned": planned,
     "embedded": embedded,
@@ -183,6 +226,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "measured": measured,
     "gpus": gpus,
 }
+
+if (RESULTS / "exl2_depth.json").exists():
+    SECTIONS["depth"] = depth
 
 
 def rendered(text: str) -> str:
