@@ -136,8 +136,8 @@ def disk_part(
         source: the model that it will be given, by headers.
         inputs: the recipe's; None where they are not on this machine yet.
     """
-    if chosen.method != "exl2":
-        return []
+    if source.quantized or chosen.method != "exl2":
+        return []  # loaded as it is
     try:
         length = _length(config, source)
     except ConfigError:  # refused when it is begun: a plan may be about other engines too
