@@ -1,5 +1,6 @@
 """What a model's headers and config say about it: the facts that planning needs. No torch, no data read."""
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -36,9 +37,11 @@ from orchestrator.errors import CheckpointError
 _MAX_LAYERS = 10_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelSpec:
     """A model's dimensions, from its headers where they say them, else from its config.
+
+    It equals itself only, so that what was summed up over its tensors can be kept by it: there are tens of thousands.
 
     Attributes:
         heads, kv_heads: of the attention; head_dim: size of one head, in elements (with latent attention: of a query).
@@ -78,7 +81,7 @@ class ModelSpec:
     experts_per_token: int = 0
     expert_intermediate: int = 0
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Of all weights as they are stored."""
         return sum(tensor.nbytes for tensor in self.tensors)
@@ -89,7 +92,7 @@ class ModelSpec:
         routed = self.experts_per_token * (4 * self.expert_intermediate + 3 * self.hidden)
         return max(2 * self.intermediate, routed)
 
-    @property
+    @functools.cached_property
     def vision_bytes(self) -> int:
         """Of the image encoder and its projection, which are no part of the language model."""
         return sum(tensor.nbytes for tensor in self.tensors if tensor.role == "vision")
