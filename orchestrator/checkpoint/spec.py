@@ -18,6 +18,7 @@ from orchestrator.checkpoint.architectures import (
 from orchestrator.checkpoint.caches import LayerCache, layer_caches
 from orchestrator.checkpoint.config_values import ConfigValues
 from orchestrator.checkpoint.dimensions import (
+    MAX_LAYERS,
     Shape,
     Sizes,
     configured,
@@ -33,8 +34,6 @@ from orchestrator.checkpoint.roles import layer_pattern, spec_tensors
 from orchestrator.checkpoint.tensors import PLAIN_FLOATS, TensorInfo
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
-
-_MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +184,7 @@ def _layers(checkpoint: Checkpoint, row: Architecture, config: ConfigValues, not
     matches = (layer_pattern(row).fullmatch(name) for name in checkpoint.tensors)
     stored = max((int(match[1]) + 1 for match in matches if match), default=0)
     said = config.maybe("num_hidden_layers") or stored
-    if max(stored, said) > _MAX_LAYERS:
+    if max(stored, said) > MAX_LAYERS:
         raise CheckpointError(f"{shown(checkpoint.path, 400)} claims {max(stored, said):,} layers: refused")
     if stored == 0:
         first = row.layer.format(0) + row.every[0].name

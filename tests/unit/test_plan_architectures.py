@@ -19,7 +19,7 @@ from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.architectures import ARCHITECTURES
 from orchestrator.checkpoint.bare import from_config
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
-from orchestrator.errors import ConfigError
+from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.hardware import GIB, MIB, Gpu, Hardware
 from orchestrator.plan import exl2_sizes, huggingface, vllm
 from orchestrator.plan.planner import make_plan
@@ -79,6 +79,19 @@ def test_a_plan_reads_the_tensors_of_many_experts_a_few_times_only(
     assert counts.keys() <= each.keys()
     for name, times in counts.items():
         assert times <= each[name] * len(spec.tensors), (name, times / len(spec.tensors))
+
+
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        ({"num_hidden_layers": 9999}, "claims 9,999 layers: refused"),
+        ({"max_position_embeddings": 2**60}, f"is {2**60}, not a positive whole number below 2\\^40"),
+        ({"vocab_size": -1}, "vocab_size is -1, not a positive whole number$"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(tmp_path: Path, lie: dict[str, int], said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        spec_of(tmp_path, "Llama-3-8B", **lie)
 
 
 def test_latent_attention_caches_one_vector(tmp_path: Path) -> None:
