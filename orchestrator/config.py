@@ -291,7 +291,7 @@ def _check_choices(config: Config) -> Iterator[str]:
 def _check_numbers(config: Config) -> Iterator[str]:
     ranges: dict[str, tuple[float, float, str]] = {
         "quant.bits": (2, 32, "2 to 32 bits"),
-        "model.max_context": (16, 2**24, "at least 16 tokens"),
+        "model.max_context": (16, 2**24, "16 to 16777216 tokens"),
         "generation.max_tokens": (1, 2**20, "at least 1 token"),
         "generation.temperature": (0, 10, "0 (greedy) to 10"),
         "generation.top_p": (1e-6, 1, "above 0, up to 1"),

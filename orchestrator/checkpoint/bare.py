@@ -5,7 +5,7 @@ from pathlib import Path
 
 from orchestrator.checkpoint.architectures import architecture_of, is_tied
 from orchestrator.checkpoint.config_values import ConfigValues
-from orchestrator.checkpoint.dimensions import configured, model_parts, shape_of
+from orchestrator.checkpoint.dimensions import MAX_LAYERS, configured, model_parts, shape_of
 from orchestrator.checkpoint.folder import Checkpoint, check_folder, open_checkpoint
 from orchestrator.checkpoint.tensors import DTYPES, MAX_BYTES, PLAIN_FLOATS, TensorInfo, row_major
 from orchestrator.checkpoint.trust import read_object, shown
@@ -13,7 +13,6 @@ from orchestrator.checkpoint.weights import MODEL_FORMATS, read_weights
 from orchestrator.errors import CheckpointError
 
 _NAMES = {DTYPES[name].torch: name for name in PLAIN_FLOATS}
-_MAX_LAYERS = 10_000
 
 
 def open_to_plan(path: Path) -> Checkpoint:
@@ -43,7 +42,7 @@ def from_config(path: Path) -> Checkpoint:
             "Give the folder with the weights, or remove quantization_config to plan for the unquantized model.",
         )
     sizes, layers = configured(row, config), config.need("num_hidden_layers")
-    if layers > _MAX_LAYERS:
+    if layers > MAX_LAYERS:
         raise CheckpointError(f"{where} claims {layers:,} layers: refused")
     dtype = _dtype(config)
     tensors = {}

@@ -34,7 +34,8 @@ class ConfigValues:
         if value is None:
             return None
         if type(value) is not int or not least <= value < _MAX:
-            kind = "a positive whole number" if least else "a whole number"
+            kind = f"a {'positive ' if least else ''}whole number"
+            kind += " below 2^40" if type(value) is int and value >= _MAX else ""
             raise CheckpointError(f"{self.where}: {key} is {as_json(value)}, not {kind}")
         return value
 

@@ -9,6 +9,7 @@ from orchestrator.checkpoint.parts import Part
 from orchestrator.errors import CheckpointError
 
 Shape = tuple[int, ...]
+MAX_LAYERS = 1_000  # the deepest models that were published have a hundred or two
 _MAX_EXPERTS = 2**20  # in all layers: their names are made one by one
 
 

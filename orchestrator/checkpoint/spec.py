@@ -1,5 +1,6 @@
 """What a model's headers and config say about it: the facts that planning needs. No torch, no data read."""
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,7 @@ from orchestrator.checkpoint.architectures import (
 from orchestrator.checkpoint.caches import LayerCache, layer_caches
 from orchestrator.checkpoint.config_values import ConfigValues
 from orchestrator.checkpoint.dimensions import (
+    MAX_LAYERS,
     Shape,
     Sizes,
     configured,
@@ -33,12 +35,12 @@ from orchestrator.checkpoint.tensors import PLAIN_FLOATS, TensorInfo
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
 
-_MAX_LAYERS = 10_000
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelSpec:
     """A model's dimensions, from its headers where they say them, else from its config.
+
+    It equals itself only, so that what was summed up over its tensors can be kept by it: there are tens of thousands.
 
     Attributes:
         heads, kv_heads: of the attention; head_dim: size of one head, in elements (with latent attention: of a query).
@@ -78,7 +80,7 @@ class ModelSpec:
     experts_per_token: int = 0
     expert_intermediate: int = 0
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Of all weights as they are stored."""
         return sum(tensor.nbytes for tensor in self.tensors)
@@ -89,7 +91,7 @@ class ModelSpec:
         routed = self.experts_per_token * (4 * self.expert_intermediate + 3 * self.hidden)
         return max(2 * self.intermediate, routed)
 
-    @property
+    @functools.cached_property
     def vision_bytes(self) -> int:
         """Of the image encoder and its projection, which are no part of the language model."""
         return sum(tensor.nbytes for tensor in self.tensors if tensor.role == "vision")
@@ -182,7 +184,7 @@ def _layers(checkpoint: Checkpoint, row: Architecture, config: ConfigValues, not
     matches = (layer_pattern(row).fullmatch(name) for name in checkpoint.tensors)
     stored = max((int(match[1]) + 1 for match in matches if match), default=0)
     said = config.maybe("num_hidden_layers") or stored
-    if max(stored, said) > _MAX_LAYERS:
+    if max(stored, said) > MAX_LAYERS:
         raise CheckpointError(f"{shown(checkpoint.path, 400)} claims {max(stored, said):,} layers: refused")
     if stored == 0:
         first = row.layer.format(0) + row.every[0].name

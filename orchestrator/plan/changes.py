@@ -42,7 +42,9 @@ def changes(config: Config, spec: ModelSpec, hardware: Hardware) -> tuple[Change
         found += each(TO_BOTH)
     if not any(change.settings and not change.slow for change in found):
         found = each(TOGETHER) + found
-    return tuple(found)
+    # Cards are no help where the settings beside them do it alone.
+    alone = [set(change.settings) for change in found if not change.cards]
+    return tuple(c for c in found if not (c.cards and any(settings <= set(c.settings) for settings in alone)))
 
 
 def smallest(config: Config, spec: ModelSpec, hardware: Hardware) -> Candidate:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -111,6 +113,22 @@ def pieces(spec: ModelSpec, bits: float, head_bits: int, quantized: bool, contex
 
     All layers are taken to have the same width, but for those of a model that is quantized already.
     """
+    size, last = _block_bytes(spec, bits, quantized)
+    scratch = {"attention": _attention_scratch(spec, context), "mlp": _mlp_scratch(spec, context)}
+    blocks = [
+        Piece(size[layer, block][0], size[layer, block][1], scratch[block], block == "attention")
+        for layer in range(spec.layers)
+        for block in ("attention", "mlp")
+        if (layer, block) in size
+    ]
+    loaded, stored = _head_bytes(spec, head_bits, quantized)
+    head = Piece(loaded, stored, _dq(spec.hidden, pad32(spec.vocab)), False)
+    return [*blocks, Piece(last, last, 0, False), head]
+
+
+@functools.lru_cache(maxsize=64)  # a plan asks for each context that it tries
+def _block_bytes(spec: ModelSpec, bits: float, quantized: bool) -> tuple[Mapping[tuple[int, str], list[int]], int]:
+    """(layer, block) -> [on the GPU, in the file]; and what is in no layer beside embedding and head."""
     size: dict[tuple[int, str], list[int]] = {}
     last = 0
     for tensor in spec.tensors:
@@ -126,18 +144,10 @@ def pieces(spec: ModelSpec, bits: float, head_bits: int, quantized: bool, contex
         )
         found[0] += loaded
         found[1] += stored
-    scratch = {"attention": _attention_scratch(spec, context), "mlp": _mlp_scratch(spec, context)}
-    blocks = [
-        Piece(size[layer, block][0], size[layer, block][1], scratch[block], block == "attention")
-        for layer in range(spec.layers)
-        for block in ("attention", "mlp")
-        if (layer, block) in size
-    ]
-    loaded, stored = _head_bytes(spec, head_bits, quantized)
-    head = Piece(loaded, stored, _dq(spec.hidden, pad32(spec.vocab)), False)
-    return [*blocks, Piece(last, last, 0, False), head]
+    return size, last
 
 
+@functools.lru_cache(maxsize=64)
 def _head_bytes(spec: ModelSpec, head_bits: int, quantized: bool) -> tuple[int, int]:
     """(on the GPU, in the file) of the output head, which is there even where the embedding is tied to it."""
     columns = pad32(spec.vocab)

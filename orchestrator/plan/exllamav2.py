@@ -65,7 +65,7 @@ def estimate(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
     settings = _Settings.read(ask, hardware)
     wanted = ask.max_context if ask.max_context is not None else min(ask.goal, spec.max_context)
     best = _place(spec, hardware, ask, settings, wanted)
-    if best.fits or ask.max_context is not None:
+    if best.fits or ask.max_context is not None or not _place(spec, hardware, ask, settings, 1).fits:
         return best
     low, high = 0, wanted  # the largest context that fits lies between; low always fits, or is 0
     while high - low > PAGE:

@@ -7,8 +7,10 @@ every sequence in flight. Scratch is a bound from the shapes of one prefill, not
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.checkpoint.spec import ModelSpec, SpecTensor
@@ -62,7 +64,7 @@ def packed_bytes(tensor: SpecTensor) -> int:
     return sum(part.nbytes for part in held) + nested * _OFFSET
 
 
-def tensor_bytes(tensor: SpecTensor, ask: Ask) -> int:
+def tensor_bytes(tensor: SpecTensor, method: str, dtype: str, double: bool) -> int:
     """Bytes of one tensor once loaded: linears of the layers quantized, everything else in the dtype.
 
     Experts are no linears: transformers 5 holds them as one parameter, which bitsandbytes leaves as it is.
@@ -72,21 +74,25 @@ def tensor_bytes(tensor: SpecTensor, ask: Ask) -> int:
     if tensor.name.endswith(FLOAT32):
         return math.prod(tensor.shape) * 4
     if tensor.role == "linear":
-        return linear_bytes(tensor.shape, ask.method, ask.dtype, ask.double_quant)
-    return math.prod(tensor.shape) * DTYPE_BYTES[ask.dtype]
+        return linear_bytes(tensor.shape, method, dtype, double)
+    return math.prod(tensor.shape) * DTYPE_BYTES[dtype]
 
 
-def units(spec: ModelSpec, ask: Ask, stored: bool = False) -> list[Unit]:
+def units(spec: ModelSpec, ask: Ask, stored: bool = False) -> tuple[Unit, ...]:
     """The model in the order of its forward pass, as loaded or as `stored`. A tied head stays with the embedding."""
+    method = "none" if spec.quantization is not None else ask.method  # what is quantized is; the rest stays as it is
+    return _units(spec, method, ask.dtype, ask.double_quant, stored)
+
+
+@functools.lru_cache(maxsize=64)  # a plan asks for each context that it tries
+def _units(spec: ModelSpec, method: str, dtype: str, double: bool, stored: bool) -> tuple[Unit, ...]:
     # Layers with a sliding window count as the others: after a prefill they hold a view of all its keys and values.
-    kv = [cache.elements * DTYPE_BYTES[ask.dtype] for cache in spec.layer_caches]
+    kv = [cache.elements * DTYPE_BYTES[dtype] for cache in spec.layer_caches]
     first: dict[str, int] = {}
     layers: dict[int, tuple[str, int]] = {}
     last: dict[str, int] = {}
-    if spec.quantization is not None:
-        ask = replace(ask, method="none")  # what is quantized is; the rest stays as it is
     for tensor in spec.tensors:
-        size = tensor.nbytes if stored else tensor_bytes(tensor, ask)
+        size = tensor.nbytes if stored else tensor_bytes(tensor, method, dtype, double)
         if tensor.layer is not None:
             prefix = re.split(rf"(?<=\.{tensor.layer})\.", tensor.name, maxsplit=1)[0]
             layers[tensor.layer] = (prefix, layers.get(tensor.layer, ("", 0))[1] + size)
@@ -96,12 +102,12 @@ def units(spec: ModelSpec, ask: Ask, stored: bool = False) -> list[Unit]:
             part[module] = part.get(module, 0) + size
     body = next(iter(layers.values()))[0].rsplit(".", 2)[0]
     first_modules = (*first, f"{body}.rotary_emb", *(("lm_head",) if spec.tied else ()))
-    buffers = spec.rotary_bytes + spec.scaled_embedding * DTYPE_BYTES[ask.dtype]
-    return [
+    buffers = spec.rotary_bytes + spec.scaled_embedding * DTYPE_BYTES[dtype]
+    return (
         Unit(first_modules, sum(first.values()) + buffers, 0),
         *(Unit((prefix,), size, kv[layer]) for layer, (prefix, size) in sorted(layers.items())),
         Unit(tuple(last), sum(last.values()), 0),
-    ]
+    )
 
 
 def scratch_bytes(spec: ModelSpec, ask: Ask, context: int) -> int:
@@ -116,9 +122,13 @@ def scratch_bytes(spec: ModelSpec, ask: Ask, context: int) -> int:
     activations = tokens * (3 * spec.hidden + attention + spec.mlp_elements) * size
     mask = ask.max_in_flight * context * context * size
     logits = 2 * ask.max_in_flight * spec.vocab * 4
-    linears = [math.prod(t.shape) for t in spec.tensors if t.role == "linear"]
-    dequantized = max(linears, default=0) * size if ask.method in ("nf4", "fp4") else 0
+    dequantized = _largest_linear(spec) * size if ask.method in ("nf4", "fp4") else 0
     return activations + mask + logits + dequantized
+
+
+@functools.lru_cache(maxsize=8)
+def _largest_linear(spec: ModelSpec) -> int:
+    return max((math.prod(t.shape) for t in spec.tensors if t.role == "linear"), default=0)
 
 
 def estimate(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
@@ -126,7 +136,7 @@ def estimate(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
     parts = units(spec, ask)
     wanted = ask.max_context if ask.max_context is not None else min(ask.goal, spec.max_context)
     best = _place(spec, hardware, ask, parts, wanted)
-    if best.fits or ask.max_context is not None:
+    if best.fits or ask.max_context is not None or not _place(spec, hardware, ask, parts, 1).fits:
         return best
     low, high = 0, wanted  # the largest context that fits lies between; low always fits, or is 0
     while high - low > 64:
@@ -139,7 +149,7 @@ def estimate(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
     return best
 
 
-def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: list[Unit], context: int) -> Candidate:
+def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: Sequence[Unit], context: int) -> Candidate:
     place = _on_gpus if hardware.gpus else _on_host
     plain = place(spec, hardware, ask, parts, context)
     offload = allowed(ask.settings, hardware.host_available - HOST_RUNTIME["cuda"])
@@ -154,7 +164,7 @@ def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: list[Unit], con
     return _offloaded(spec, hardware, ask, offload, context) or plain
 
 
-def _on_host(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: list[Unit], context: int) -> Candidate:
+def _on_host(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: Sequence[Unit], context: int) -> Candidate:
     weights = sum(part.weights for part in parts)
     kv = sum(part.kv_per_token for part in parts) * context * ask.max_in_flight
     scratch = scratch_bytes(spec, ask, context)
@@ -165,13 +175,17 @@ def _on_host(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: list[Unit], c
 
 def _broken_rows(spec: ModelSpec, ask: Ask) -> tuple[str, ...]:
     """bitsandbytes 0.50.2 on a CPU: rows that are no whole number of blocks come back with other values."""
-    broken = (t.name for t in spec.tensors if t.role == "linear" and t.shape[-1] % QUANT_BLOCK)
-    if ask.method not in ("nf4", "fp4") or (name := next(broken, None)) is None:
+    if ask.method not in ("nf4", "fp4") or (name := _broken_row(spec)) is None:
         return ()
     return (f"bitsandbytes computes wrongly on a CPU where rows are no multiple of {QUANT_BLOCK} long, as in {name}",)
 
 
-def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: list[Unit], context: int) -> Candidate:
+@functools.lru_cache(maxsize=8)
+def _broken_row(spec: ModelSpec) -> str | None:
+    return next((t.name for t in spec.tensors if t.role == "linear" and t.shape[-1] % QUANT_BLOCK), None)
+
+
+def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: Sequence[Unit], context: int) -> Candidate:
     """Fills the GPUs in order; what is over stays on the last one, which then does not fit."""
     scratch = scratch_bytes(spec, ask, context)
     room = [gpu.free - CUDA_RUNTIME - scratch for gpu in hardware.gpus]
@@ -207,7 +221,7 @@ def _offloaded(spec: ModelSpec, hardware: Hardware, ask: Ask, offload: Offload, 
     if offload.folder is not None:
         stores["disk"] = disk_room(offload.folder)
     room = {device: size - runtime - scratch for device, size in free.items()}
-    found = spread(_pieces(spec, ask, context), room, stores, _copy_bytes(spec, ask))
+    found = spread(_pieces(spec, ask, context), room, stores, _copy_bytes(spec, ask.dtype))
     if found is None:
         return None
     computing = tuple(
@@ -253,9 +267,10 @@ def _pieces(spec: ModelSpec, ask: Ask, context: int) -> list[Piece]:
     ]
 
 
-def _copy_bytes(spec: ModelSpec, ask: Ask) -> int:
+@functools.lru_cache(maxsize=8)
+def _copy_bytes(spec: ModelSpec, dtype: str) -> int:
     """A tensor on disk keeps the dtype of its file, and is converted where it computes: both are there for a moment."""
-    others = (t.nbytes for t in spec.tensors if t.role != "embedding" and t.dtype != STORED[ask.dtype])
+    others = (t.nbytes for t in spec.tensors if t.role != "embedding" and t.dtype != STORED[dtype])
     return max(others, default=0)
 
 

@@ -126,10 +126,15 @@ def spread(pieces: Sequence[Piece], room: dict[str, int], stores: dict[str, int]
         None where not even the first piece and all caches have room.
     """
     main = min(room, key=lambda device: int(device.partition(":")[2] or 0))
+    left = sum(room.values()) - copy - sum(piece.here + piece.cache for piece in pieces)
+    largest = tail_cache = 0
     for count in range(len(pieces) - 1, 0, -1):
-        tail = pieces[count:]
-        brought_in = max(piece.away for piece in tail) + copy
-        cache = dict.fromkeys(room, 0) | {main: sum(piece.cache for piece in tail)}
+        largest, tail_cache = max(largest, pieces[count].away), tail_cache + pieces[count].cache
+        left += pieces[count].here
+        if left < largest:
+            continue  # not even if all room were in one place
+        brought_in = largest + copy
+        cache = dict.fromkeys(room, 0) | {main: tail_cache}
         places = _fill(pieces[:count], room | {main: room[main] - brought_in}, cache)
         if places is not None and main in places:  # accelerate knows only the devices that hold something
             return _spread(pieces, places, cache, stores, main, brought_in)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import takewhile
 
 from orchestrator.backends.table import BACKENDS, METHODS
 from orchestrator.checkpoint.spec import ModelSpec
@@ -50,9 +51,11 @@ def why(chosen: Candidate, plan: Plan, config: Config) -> str:
     if not any(c.fits for c in others):
         return "the only one that fits"
     better = [c for c in others if c.fits and loss(c) < loss(chosen)]
+    if better and better[0] in takewhile(lambda c: c is not chosen, plan.candidates):
+        return f"installed, unlike {better[0].label}"
     if better and better[0].offloads and not chosen.offloads:
         return f"it needs no offload, unlike {better[0].label}, which would be far slower"
-    if better:
-        return f"installed, unlike {better[0].label}"
+    if better:  # all that stands before the loss of precision
+        return f"it has room for {chosen.max_context} tokens of context, {better[0].label} for {better[0].max_context}"
     asked = f" with {config.quant.bits:g} bits" if config.quant.bits is not None else ""
     return f"it fits{asked} and loses the least"

@@ -6,6 +6,7 @@ the cache that the sequences in flight need. Scratch is a bound on one step, not
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -93,21 +94,23 @@ def _no_bf16(hardware: Hardware, ask: Ask) -> Iterator[str]:
         yield f"vLLM refuses model.dtype=bfloat16 on {card}, which has none: model.dtype=float16 runs there"
 
 
-def _mlp_rows(spec: ModelSpec) -> list[int]:
+@functools.lru_cache(maxsize=8)
+def _mlp_rows(spec: ModelSpec) -> tuple[int, ...]:
     """Widths of gate and up in the layers that there are: of one MLP, of an expert, of the shared one."""
     rows = {t.shape[0] for t in spec.tensors if t.role in ("linear", "expert") and t.name.endswith(_MLP_ROWS)}
-    return sorted(rows | ({spec.expert_intermediate} if spec.experts else set())) or [spec.intermediate]
+    return tuple(sorted(rows | ({spec.expert_intermediate} if spec.experts else set()))) or (spec.intermediate,)
 
 
-def _stage_weights(spec: ModelSpec, width: Width, size: int, packed: Packings) -> list[int]:
+@functools.lru_cache(maxsize=64)
+def _stage_weights(spec: ModelSpec, width: Width, size: int, packed: Packings) -> tuple[int, ...]:
     """Bytes of weights on each rank of each pipeline stage."""
     stages = [0] * width.pipeline
     of_layer = [i for i, count in enumerate(layer_split(spec.layers, width.pipeline)) for _ in range(count)]
     for tensor in spec.tensors:
-        share = shard_bytes(tensor, spec, width.tensor, size, packed.get(tensor.name))
+        share = shard_bytes(tensor, spec, width.tensor, size, packed.of.get(tensor.name))
         for stage in _stages_of(tensor, of_layer, spec, width):
             stages[stage] += share
-    return stages
+    return tuple(stages)
 
 
 def _stages_of(tensor: SpecTensor, of_layer: list[int], spec: ModelSpec, width: Width) -> Iterator[int]:

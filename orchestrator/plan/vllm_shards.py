@@ -9,6 +9,7 @@ utils/marlin_utils.py, and kernels/linear/mixed_precision/{marlin,cpu}.py.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -56,7 +57,14 @@ class Packing:
         return math.ceil(out * into * self.bits / 8) + groups * math.ceil(out / self.columns) * self.scale + zeros
 
 
-Packings = Mapping[str, Packing]  # by the tensor's name; one that is not there is in the dtype
+@dataclass(frozen=True, eq=False)
+class Packings:
+    """How the tensors of one model are packed, by their names; one that is not there is in the dtype.
+
+    Like a ModelSpec it equals itself only, so that sums over all tensors can be kept by it.
+    """
+
+    of: Mapping[str, Packing]
 
 
 def padded(vocab: int) -> int:
@@ -117,15 +125,23 @@ def shard_bytes(tensor: SpecTensor, spec: ModelSpec, tp: int, size: int, packing
 def packings(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Packings:
     """Tensor name -> how it is packed: as the headers say, or as a GPTQ checkpoint of the model would have it."""
     stored = quantized_of(spec)
-    on_gpu = bool(hardware.gpus)
+    plain = stored is None and ask.method == "none"
+    group = DEFAULT_GROUP if plain or stored is not None else group_of(ask)
+    return _packings(spec, stored, bool(hardware.gpus), 0 if plain else ask.bits, group)
+
+
+@functools.lru_cache(maxsize=16)
+def _packings(spec: ModelSpec, stored: Quantized | None, on_gpu: bool, bits: float, group: int) -> Packings:
+    """`bits`: 0: plain weights."""
     if stored is not None:
         # Marlin drops the zero points of symmetric weights, Machete (compute capability 9.0) keeps them.
         zeros = on_gpu or not stored.symmetric
-        return {t.name: _stored(t, stored, zeros) for t in spec.tensors if t.parts}
-    if ask.method == "none":
-        return {}
-    packing = Packing(ask.bits, group_of(ask), zeros=on_gpu)
-    return {t.name: packing for t in spec.tensors if t.role in ("linear", "expert") and t.shape[-2] > 1}
+        return Packings({t.name: _stored(t, stored, zeros) for t in spec.tensors if t.parts})
+    if not bits:
+        return Packings({})
+    packing = Packing(bits, group, zeros=on_gpu)
+    linears = (t.name for t in spec.tensors if t.role in ("linear", "expert") and t.shape[-2] > 1)
+    return Packings(dict.fromkeys(linears, packing))
 
 
 def _stored(tensor: SpecTensor, stored: Quantized, keeps_zeros: bool) -> Packing:
@@ -148,17 +164,25 @@ def misfits(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, tp:
     stored = quantized_of(spec)
     loads = BACKENDS[ask.backend].loads[ask.method if stored is None else stored.format]
     yield from _no_kernel(hardware, ask, loads)
+    yield from _uncut(spec, packed, tp, not hardware.gpus)
+
+
+@functools.lru_cache(maxsize=64)
+def _uncut(spec: ModelSpec, packed: Packings, tp: int, on_cpu: bool) -> tuple[str, ...]:
+    """Why packed linears cannot be cut into `tp` shares: a reason for each kind of them."""
+    reasons: list[str] = []
     said: set[str] = set()
     seen: set[tuple[str, tuple[int, ...], Packing]] = set()
     for tensor in spec.tensors:
-        packing = packed.get(tensor.name)
+        packing = packed.of.get(tensor.name)
         module = tensor.name.removesuffix(".weight").rpartition(".")[2]
         if packing is None or module in said or (module, tensor.shape, packing) in seen:
             continue
         seen.add((module, tensor.shape, packing))
-        if why := _cut(tensor, spec, tp, packing, not hardware.gpus):
+        if why := _cut(tensor, spec, tp, packing, on_cpu):
             said.add(module)
-            yield why
+            reasons.append(why)
+    return tuple(reasons)
 
 
 def _no_kernel(hardware: Hardware, ask: Ask, loads: Loads) -> Iterator[str]:

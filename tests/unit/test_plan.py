@@ -22,6 +22,7 @@ from orchestrator.errors import CheckpointError, ConfigError, DoesNotFitError, E
 from orchestrator.hardware import GIB, MIB, Gpu, Hardware, profile_gpus
 from orchestrator.plan.huggingface import CUDA_RUNTIME, HOST_RUNTIME, linear_bytes
 from orchestrator.plan.planner import make_plan, must_fit, runnable
+from orchestrator.plan.ranking import why
 from orchestrator.plan.types import Candidate, Plan
 
 SMALL = Llama()
@@ -340,6 +341,17 @@ def test_a_context_too_short_to_work_in_does_not_win_by_its_precision(
     plan = make_plan(composed(), specs[LLAMA_7B], cards(1, gib))
     assert max(c.max_context for c in plan.candidates if c.fits) > 1000
     assert plan.chosen.max_context >= 512
+
+
+def test_the_reason_for_a_choice_is_what_decided_it(specs: dict[Llama, ModelSpec]) -> None:
+    config = composed()
+    plan = make_plan(config, specs[LLAMA_7B], cards(1, 8))
+    chosen, six = plan.chosen, next(c for c in plan.candidates if (c.method, c.bits) == ("exl2", 6))
+    assert chosen.max_context > six.max_context > 0
+    said = f"it has room for {chosen.max_context} tokens of context, exllamav2 exl2 (6 bits) for {six.max_context}"
+    assert why(chosen, plan, config) == said
+    behind = replace(chosen, bits=2)  # as a run takes it where what comes first is not installed
+    assert why(behind, replace(plan, candidates=(six, behind)), config) == "installed, unlike exllamav2 exl2 (6 bits)"
 
 
 def test_a_wished_context_does_not_shrink(specs: dict[Llama, ModelSpec]) -> None:

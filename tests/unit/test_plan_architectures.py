@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,8 +19,9 @@ from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.architectures import ARCHITECTURES
 from orchestrator.checkpoint.bare import from_config
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
-from orchestrator.errors import ConfigError
+from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.hardware import GIB, MIB, Gpu, Hardware
+from orchestrator.plan import exl2_sizes, huggingface, vllm
 from orchestrator.plan.planner import make_plan
 from orchestrator.plan.types import Plan
 
@@ -51,6 +54,44 @@ def test_experts_stay_in_16_bits_under_bitsandbytes(tmp_path: Path) -> None:
     experts = sum(tensor.nbytes for tensor in spec.tensors if tensor.role == "expert")
     assert experts == 2 * 32 * 8 * 3 * 4096 * 14336
     assert experts < sum(nf4.weights.values()) < spec.nbytes
+
+
+def test_a_plan_reads_the_tensors_of_many_experts_a_few_times_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: Counter[str] = Counter()
+
+    def count(module: ModuleType, name: str) -> None:
+        real = getattr(module, name)
+
+        def counted(*args: Any) -> Any:
+            counts[name] += 1
+            return real(*args)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(huggingface, "tensor_bytes")
+    count(vllm, "shard_bytes")
+    count(exl2_sizes, "_linear_bytes")
+    spec = spec_of(tmp_path, "Qwen3-30B-A3B")
+    assert plan(spec, 1, 8).changes  # with every context, width and number of cards that was tried for them
+    each = {"tensor_bytes": 6, "shard_bytes": 16, "_linear_bytes": 40}
+    assert counts.keys() <= each.keys()
+    for name, times in counts.items():
+        assert times <= each[name] * len(spec.tensors), (name, times / len(spec.tensors))
+
+
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        ({"num_hidden_layers": 9999}, "claims 9,999 layers: refused"),
+        ({"max_position_embeddings": 2**60}, f"is {2**60}, not a positive whole number below 2\\^40"),
+        ({"vocab_size": -1}, "vocab_size is -1, not a positive whole number$"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(tmp_path: Path, lie: dict[str, int], said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        spec_of(tmp_path, "Llama-3-8B", **lie)
 
 
 def test_latent_attention_caches_one_vector(tmp_path: Path) -> None:

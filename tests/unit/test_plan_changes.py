@@ -124,6 +124,11 @@ def test_more_cards_are_as_few_as_will_do(specs: dict[Llama, ModelSpec]) -> None
     assert not make_plan(composed(*argv), specs[LLAMA_70B], cards(total - 1)).chosen.fits
 
 
+def test_cards_are_not_named_where_the_setting_beside_them_is_enough(specs: dict[Llama, ModelSpec]) -> None:
+    labels = found(make_plan(composed("parallel.tensor=3"), specs[LLAMA_7B], cards(4)))
+    assert labels == ["parallel.tensor=null"]
+
+
 def test_what_fits_has_no_changes(specs: dict[Llama, ModelSpec]) -> None:
     assert make_plan(composed(), specs[LLAMA_7B], cards(1)).changes == ()
 

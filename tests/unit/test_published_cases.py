@@ -37,7 +37,7 @@ from orchestrator.errors import ConfigError, DoesNotFitError
 from orchestrator.hardware import GIB, MIB, Hardware, detect
 from orchestrator.plan import huggingface
 from orchestrator.plan.planner import make_plan, must_fit
-from orchestrator.plan.types import Ask, Candidate
+from orchestrator.plan.types import Candidate
 from orchestrator.plan.vllm_shards import Packing
 
 pytestmark = pytest.mark.usefixtures("hydra", "every_engine", "no_margins")
@@ -147,17 +147,9 @@ def test_awq_packs_the_same_without_the_order_of_the_rows(spec_of: SpecOf, row: 
 
 @pytest.mark.parametrize("row", BITSANDBYTES, ids=named)
 def test_bitsandbytes_checkpoints(spec_of: SpecOf, row: Bitsandbytes) -> None:
-    ask = Ask(
-        backend="bitsandbytes",
-        method=row.method,
-        bits=0,
-        dtype=row.dtype,
-        double_quant=row.method == "nf4",
-        max_context=None,
-        goal=0,
-        max_in_flight=1,
-    )
-    size = sum(huggingface.tensor_bytes(tensor, ask) for tensor in spec_of(row.name).tensors)
+    double = row.method == "nf4"
+    tensors = spec_of(row.name).tensors
+    size = sum(huggingface.tensor_bytes(tensor, row.method, row.dtype, double) for tensor in tensors)
     assert size == pytest.approx(row.size, rel=0.001)
     if isinstance(row.size, int):  # to the byte: the file has some bytes of description beside each linear
         linears = sum(tensor.role == "linear" for tensor in spec_of(row.name).tensors)
