@@ -49,19 +49,26 @@ class Width:
 def estimate(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
     """Where everything goes, and whether it fits, with the largest context up to the one asked for.
 
-    Without parallel.tensor: one GPU, or as many as can be where one is not enough.
+    Without parallel.tensor: one GPU, or as many as can be where one is not enough, for the weights or the context.
     """
     pipeline = int(ask.settings.get("parallel.pipeline") or 1)
     tensor = ask.settings.get("parallel.tensor")
     packed = packings(spec, hardware, ask)
     first = _place(spec, hardware, ask, packed, Width(int(tensor or 1), pipeline))
     every = len(hardware.gpus) // pipeline
-    if first.fits or tensor is not None or every < 2:
+    wanted = _wanted(spec, ask)
+    if (first.fits and first.max_context >= wanted) or tensor is not None or every < 2:
         return first
     widths = (Width(tp, pipeline) for tp in range(every, 1, -1))
     fine = (width for width in widths if not _misfits(spec, hardware, ask, packed, width))
     placed = [_place(spec, hardware, ask, packed, width) for width in fine]
-    return next((found for found in placed if found.fits), placed[0] if placed else first)
+    fitting = [found for found in (first, *placed) if found.fits]
+    return max(fitting, key=lambda found: found.max_context, default=placed[0] if placed else first)
+
+
+def _wanted(spec: ModelSpec, ask: Ask) -> int:
+    """Tokens of context to reach."""
+    return ask.max_context if ask.max_context is not None else min(ask.goal, spec.max_context)
 
 
 def _misfits(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, width: Width) -> tuple[str, ...]:
@@ -135,9 +142,8 @@ def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, widt
     if reasons:
         nothing = DeviceBytes("cpu", 0, 0, 0, 0, hardware.host_available)
         return _candidate(spec, ask, width, 0, (), nothing, {}, reasons)
-    wanted = ask.max_context if ask.max_context is not None else min(ask.goal, spec.max_context)
     place = _on_gpus if hardware.gpus else _on_host
-    return place(spec, hardware, ask, packed, width, wanted)
+    return place(spec, hardware, ask, packed, width, _wanted(spec, ask))
 
 
 def _token_bytes(spec: ModelSpec, ask: Ask, width: Width) -> int:

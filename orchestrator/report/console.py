@@ -20,7 +20,7 @@ _BAR = 20  # columns: with the numbers and a name it fits into 80
 
 
 def console(stream: Any = None) -> Console:
-    """A rich console on stderr (or `stream`), as wide as the terminal, 100 columns where there is none."""
+    """A rich console on stderr (or `stream`), as wide as the terminal, 110 columns where there is none."""
     from rich.console import Console
 
     stream = sys.stderr if stream is None else stream

@@ -12,6 +12,7 @@ from orchestrator.plan.types import Candidate
 from orchestrator.report.console import size
 
 if TYPE_CHECKING:
+    from rich.console import OverflowMethod
     from rich.table import Table
 
 WORTH_SAYING = 256 * MIB  # held on a GPU by nobody that can be named: less is the driver's bookkeeping
@@ -30,7 +31,10 @@ def table(title: str, *columns: str, left: int = 1, folded: tuple[str, ...] = ()
     made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
     made.padding, made.pad_edge, made.show_edge = (0, 1, 0, 0), False, False
     for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i < left else "right", no_wrap=column not in folded, overflow="fold")
+        # What a narrower terminal has no room for is seen to be cut off: -122… is not -122.
+        fold = column in folded
+        overflow: OverflowMethod = "fold" if fold else "ellipsis"
+        made.add_column(column, justify="left" if i < left else "right", no_wrap=not fold, overflow=overflow)
     return made
 
 

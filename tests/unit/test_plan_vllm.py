@@ -120,6 +120,14 @@ def test_without_a_width_one_card_or_all_of_them(specs: dict[Llama, ModelSpec]) 
     assert not vllm(specs[LLAMA_7B], cards(4, 12), "parallel.tensor=1").fits
 
 
+def test_all_cards_are_taken_where_one_has_too_little_context(specs: dict[Llama, ModelSpec]) -> None:
+    one, both = (vllm(specs[LLAMA_7B], cards(count, 16)) for count in (1, 2))
+    assert (one.fits, one.tensor_parallel) == (True, 1)
+    assert one.max_context < 4096
+    assert (both.fits, both.tensor_parallel, both.max_context) == (True, 2, 4096)
+    assert vllm(specs[LLAMA_7B], cards(2, 16), "model.max_context=512").tensor_parallel == 1
+
+
 def test_on_a_gpu_vllm_gets_all_that_is_free(specs: dict[Llama, ModelSpec]) -> None:
     chosen = vllm(specs[LLAMA_7B], cards(2), "parallel.tensor=2")
     for gpu in chosen.gpus:

@@ -47,9 +47,9 @@ with steps("measuring") as show:
 """
 
 
-def lines(table: Table) -> list[str]:
+def lines(table: Table, width: int = 80) -> list[str]:
     out = StringIO()
-    Console(file=out, width=80).print(table)
+    Console(file=out, width=width).print(table)
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
@@ -89,6 +89,16 @@ def test_candidates_have_a_line_each(plan: Plan) -> None:
         assert re.search(r" (yes|no|host|disk) +(TP \d|\d GPUs|cuda:\d|cpu) ", row)
         assert row.split()[-1] == (str(candidate.largest_context) if candidate.fits else "-")
         assert float(row.split()[-2]) == pytest.approx(candidate.fullest.left / 2**30, abs=0.06)
+
+
+def test_on_a_narrow_terminal_a_number_is_whole_or_seen_to_be_cut(plan: Plan) -> None:
+    _, _, _, *wide = lines(candidates_table(plan), 200)
+    for width in (40, 60, 70):
+        _, _, _, *rows = lines(candidates_table(plan), width)
+        for row, whole in zip(rows, wide, strict=True):
+            cells, numbers = row.split()[-5:], whole.split()[-5:]
+            for cell, number in zip(cells, numbers, strict=True):
+                assert cell == number or (cell.endswith("…") and number.startswith(cell[:-1]))
 
 
 def test_a_bar_for_each_gpu_is_as_long_as_what_it_holds(plan: Plan) -> None:
