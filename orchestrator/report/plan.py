@@ -127,6 +127,8 @@ def changes_table(plan: Plan) -> Table:
         then = f"{found.backend} {method_label(found)}"
         cells = (gib(found.fullest.total), gib(found.fullest.left), str(found.max_context))
         made.add_row(change.label, change.costs, then, *cells)
+    # To be copied: no setting is cut in two, however narrow the terminal is.
+    made.columns[0].min_width = max((len(word) for c in plan.changes for word in c.label.split()), default=0)
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 from orchestrator.backends.table import BACKENDS
 from orchestrator.config import Config
@@ -32,9 +33,21 @@ def plan(config: Config, folder: RunFolder) -> None:
         out.print(text, markup=False, soft_wrap=True)
     if planned.plan.changes:
         out.print(changes_table(planned.plan))
-    if run is not None:
-        out.print(f"To run it: {run}", markup=False, soft_wrap=True)
+    for text in _to_run(planned, config):
+        out.print(text, markup=False, soft_wrap=True)
     fits(planned)
+
+
+def _to_run(planned: Planned, config: Config) -> Iterator[str]:
+    """The command of the best; where its engine has to be installed first, also that of the best that is here."""
+    runs = [c for c in planned.plan.candidates if c.fits and not c.needs]
+    if not runs:
+        return
+    first = "" if runs[0].installed else " (once its engine is installed)"
+    yield f"To run it{first}: {command(_typed(), runs[0], config)}"
+    here = next((c for c in runs if c.installed), None)
+    if here is not None and here is not runs[0]:
+        yield f"With what is installed ({here.label}): {command(_typed(), here, config)}"
 
 
 def _missing(planned: Planned) -> list[str]:

@@ -47,6 +47,14 @@ def test_a_70b_is_planned_for_four_cards_from_its_headers(orchestrator: Orchestr
     assert plan["command"].endswith("backend=bitsandbytes quant.bits=8 prompts.text=Hello")
 
 
+def test_where_the_best_is_not_installed_the_best_that_is_stands_beside_it(orchestrator: Orchestrator) -> None:
+    model = small_models.write_headers(orchestrator.folder / "7b", small_models.LLAMA_7B)
+    done = orchestrator("task=plan", f"model.path={model}", "hardware=2x24gb", "prompts.text=Hi")
+    assert "To run it (once its engine is installed): " in done.out
+    typed = f"python -m orchestrator model.path={model} hardware=2x24gb prompts.text=Hi"
+    assert f"With what is installed (transformers (16 bits)): {typed} backend=transformers quant.bits=16" in done.out
+
+
 def test_the_command_of_a_plan_can_be_typed(orchestrator: Orchestrator) -> None:
     planned = orchestrator("task=plan", "prompts.text=What's len?", "generation.max_tokens=4").json("plan.json")
     done = orchestrator(*shlex.split(planned["command"])[3:])
