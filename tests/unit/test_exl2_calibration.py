@@ -44,7 +44,7 @@ def test_lines_of_a_text_file(bench: Bench) -> None:
     assert given(bench) == [file.read_text().replace("\n\n", "\n")] * 2
     measuring, quantizing = bench.runs()
     assert (measuring["r"], measuring["mr"], measuring["ml"], quantizing["r"]) == (2, 2, 128, 2)
-    assert measuring["c"].endswith("/work/mine.parquet")
+    assert Path(measuring["c"]).parts[-2:] == ("work", "mine.parquet")
     assert not list(model.path.glob("*.parquet"))
     assert bench.quantize(5.0, f"quant.calibration.file={file}", *ROWS).built[0].startswith("exl2-")  # measured once
     file.write_text(file.read_text() + "another\n")
