@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from commands import Done, Orchestrator, Started, gone, read_lines
+from commands import ROOT, Done, Orchestrator, Started, gone, read_lines
 
 pytestmark = pytest.mark.slow
 
@@ -179,3 +182,16 @@ def test_an_interruption_while_it_answers_keeps_what_is_finished(
     started.until(lambda: len(read_lines(folder / "answers.jsonl")) >= 1)
     done = interrupted(started, number)
     assert done.answers[0]["completion_tokens"] == 300
+
+
+def test_ctrl_c_inside_an_exec_ends_with_130_too(tmp_path: Path) -> None:
+    """As while a dataclass is being made by an import. (A module: of a script CPython does not ask how it ended.)"""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\n"
+        "from orchestrator import app\n"
+        "app._hydra = lambda argv: exec('raise KeyboardInterrupt')\n"
+        "sys.exit(app.main([]))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))}
+    done = subprocess.run([sys.executable, "-m", "interrupted"], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
