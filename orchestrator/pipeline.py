@@ -146,7 +146,7 @@ def merged(config: Config, source: Source, run: RunFolder) -> Model:
     artifact, built = store.build(
         recipe,
         make=lambda out: _merge(config, source, recipe, out),
-        needed=0 if found else merged_bytes(config, source),
+        needed=0 if found else loaded(config, source).nbytes,
         changed=lambda: differences(recipe.inputs, _inputs(source)),
         waiting=lambda: note(f"waiting for another run that builds {recipe.name}"),
     )
@@ -157,11 +157,6 @@ def merged(config: Config, source: Source, run: RunFolder) -> Model:
     if config.convert.verify:
         _verify(config, source, store, artifact, run)
     return Model(artifact.path, (artifact,), (artifact.name,) if built else ())
-
-
-def merged_bytes(config: Config, source: Source) -> int:
-    """What the merged (or converted) weights of a request take on the disk."""
-    return sum(info.nbytes for info in loaded(config, source).tensors.values())
 
 
 def disk_needs(config: Config, source: Source, chosen: Candidate | None) -> tuple[Need, ...]:
@@ -175,7 +170,7 @@ def disk_needs(config: Config, source: Source, chosen: Candidate | None) -> tupl
     """
     store = Store(folder(config.paths.artifacts))
     model = loaded(config, source)
-    parts = [Part("for the model", merged_bytes(config, source), 0)]
+    parts = [Part("for the model", model.nbytes, 0)]
     inputs: dict[str, Any] | None = {"model": fingerprint(source.base)} if source.is_here else None
     if is_written := _is_written(config, source):
         recipe = merge_recipe(config, source) if source.is_here else None

@@ -60,6 +60,11 @@ class Checkpoint:
     index_digest: str | None
 
     @property
+    def nbytes(self) -> int:
+        """Of all tensors, headers aside."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
     def quantized(self) -> bool:
         """Whether config.json says that the weights are quantized already."""
         return self.config.get("quantization_config") is not None

@@ -163,7 +163,7 @@ def _unknown(checkpoint: Checkpoint, where: str) -> CheckpointError:
     try:
         architecture_of(checkpoint.config, where)
     except CheckpointError as error:
-        size = sum(info.nbytes for info in checkpoint.tensors.values()) / 2**30
+        size = checkpoint.nbytes / 2**30
         known = f"its {len(checkpoint.tensors)} tensors take {size:.2f} GiB as they are stored"
         return CheckpointError(
             f"{error.message}; {known}, what is a layer and what a cache needs is not known "

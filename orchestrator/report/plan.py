@@ -100,11 +100,11 @@ def bars(candidate: Candidate) -> Iterator[Text]:
         over = device.total > device.capacity
         line.append(f"  {size(device.total)} of {size(device.capacity)}", style="red" if over else "")
         yield line
-    legend = Text(" " * 8)
+    shades = Text(" " * 8)
     for shade, colour, name in PARTS:
-        legend.append(shade, style=colour)
-        legend.append(f" {name}  ")
-    yield legend
+        shades.append(shade, style=colour)
+        shades.append(f" {name}  ")
+    yield shades
 
 
 def _cells(device: DeviceBytes, whole: int) -> list[int]:

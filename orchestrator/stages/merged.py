@@ -41,11 +41,6 @@ def merged_checkpoint(base: Checkpoint, adapters: Adapters, dtype: str | None) -
     )
 
 
-def merged_size(base: Checkpoint, adapters: Adapters, dtype: str | None) -> int:
-    """Bytes that the merged weights will take on the disk, headers aside."""
-    return sum(info.nbytes for info in merged_checkpoint(base, adapters, dtype).tensors.values())
-
-
 def merged_tokenizer(base: Checkpoint, adapters: Adapters) -> Path:
     """The folder whose tokenizer the merged model gets: the base's, or that of an adapter that came with its own."""
     found = lay_out(base, adapters, _stored_head(base), _same_here)

@@ -416,11 +416,11 @@ from orchestrator.checkpoint.folder import fingerprint, open_checkpoint
 from orchestrator.checkpoint.spec import model_spec
 from orchestrator.checkpoint.adapter import open_adapter
 from orchestrator.checkpoint.adapter_match import targets
-from orchestrator.stages.merged import merged_size
+from orchestrator.stages.merged import merged_checkpoint
 checkpoint = open_checkpoint(Path({str(folder)!r}))
 assert model_spec(checkpoint).layers == 2
 assert fingerprint(checkpoint)["weights"]
-assert merged_size(checkpoint, [], "bfloat16") * 2 == merged_size(checkpoint, [], None)
+assert merged_checkpoint(checkpoint, [], "bfloat16").nbytes * 2 == merged_checkpoint(checkpoint, [], None).nbytes
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,7 +22,7 @@ from orchestrator.checkpoint.writer import ShardWriter
 from orchestrator.errors import CheckpointError, ConfigError, StageError
 from orchestrator.stages import pieces
 from orchestrator.stages.merge import merge
-from orchestrator.stages.merged import merged_size
+from orchestrator.stages.merged import merged_checkpoint
 from orchestrator.stages.verify import verify_merge
 from tests.checkpoints import CONFIG, Q_PROJ, adapter_tensors, model_tensors, write_adapter, write_model
 
@@ -184,7 +184,7 @@ def test_without_adapters_it_converts_a_bin(tmp_path, dtype):
     assert report["dtype"] == (dtype or "float16")
     assert len(report["shards"]) > 1
     assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
-    assert seen[-1][0] == seen[-1][1] == merged_size(open_checkpoint(base), [], dtype)
+    assert seen[-1][0] == seen[-1][1] == merged_checkpoint(open_checkpoint(base), [], dtype).nbytes
     assert {name for _, _, name in seen} == set(tensors)
     assert json.loads(json.dumps(report)) == report
     spec = model_spec(open_checkpoint(tmp_path / "out"))
@@ -222,9 +222,8 @@ def test_a_tied_head_is_written_once(tmp_path):
     report = run(base, [], tmp_path / "out")
     assert report["dropped"] == ["lm_head.weight"]
     assert "lm_head.weight" not in weights(tmp_path / "out")
-    assert sum(file.nbytes for file in weights(tmp_path / "out").values()) == merged_size(
-        open_checkpoint(base), [], None
-    )
+    written = sum(file.nbytes for file in weights(tmp_path / "out").values())
+    assert written == merged_checkpoint(open_checkpoint(base), [], None).nbytes
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     run(write_model(tmp_path / "copy", tensors, config=tied), [], tmp_path / "out2")
     assert "lm_head.weight" not in weights(tmp_path / "out2")
