@@ -46,7 +46,7 @@ from made_up import ONE_B, Shape
 from made_up_fast import exl2_bytes, write_config, write_exl2, write_plain
 from plan_accuracy import SHAPES as PLANNED
 from plan_accuracy import is_right
-from thin_gpu import BOUNDS, live, rates
+from thin_gpu import live, side_by_side
 
 from orchestrator.backends.protocol import Failed, Finished, Request
 from orchestrator.config import (
@@ -63,7 +63,6 @@ from orchestrator.hardware import GIB, host_memory, nvml_gpus
 from orchestrator.tasks.session import Session, look, memory
 
 ROOT = Path(__file__).resolve().parents[1]
-THIN = Path(__file__).with_name("thin_gpu.py")
 SHARED_MEMORY = Path("/dev/shm")
 LEAVE_HOST = 40 * GIB  # for processes, beside a model that lies in shared memory
 
@@ -320,51 +319,22 @@ def copy() -> None:
 # --- speed against the bare generator
 
 
-def speed(out: Path, work: Path, name: str, rounds: int) -> None:
-    """Copy, ours, bare; copy, ours, bare; ...: each in fresh processes, on the first GPU."""
-    part = f"speed-{name}"
-    turns: list[Result] = (kept(out, part) or {}).get("turns", [])
+def speed(work: Path, name: str, turns: int) -> Result:
+    """Ours and bare, both loaded on the first GPU, in turns; beside them a copy, and how fast the weights are read."""
     model = write_exl2(work / "models" / f"speed-{name}", SHAPES[name], SPEED_CONTEXT, BITS)
     config = configured(work, model, SPEED_CONTEXT, run=RunConfig(in_flight=SPEED_IN_FLIGHT))
-    while len(turns) < rounds:
-        try:
-            turns.append(turn(work, part, config))
-        except Exception as error:
-            if not turns:
-                keep(out, part, {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
-            raise SystemExit(f"{part}: {error}") from error
-        keep(out, part, {"turns": turns})
-
-
-def turn(work: Path, part: str, config: Config) -> Result:
-    """One turn of all three."""
     copied = copy_bandwidth()["cuda:0"]
-    with live(work, part, config) as session:
-        found = rates(session)
+    env = {"CUDA_VISIBLE_DEVICES": visible()[0], "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    with live(work, f"speed-{name}", config) as session:
         decode = median_rate(session, 64, DECODED, "decode_tokens_per_s")
-        weights = sum(gpu_weights(session).values())
-        plan, generator = session.engine.plan, session.ready.versions.get("generator", "")
-    given = {
-        "model": plan.model,
-        "context": plan.max_context,
-        "in_flight": plan.max_in_flight,
-        "cache_bits": plan.cache_bits,
-        "unpaged": generator.startswith("unpaged"),
-    }
-    command = [sys.executable, str(THIN), "--bare", "exl2", json.dumps(given)]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": visible()[0], "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("BARE ")]
-    if not lines:
-        raise RuntimeError((done.stdout + done.stderr)[-2000:])
-    return {
-        "ours": found,
-        "bare": json.loads(lines[-1].removeprefix("BARE ")),
-        "decode_tokens_per_s": decode,
-        "weights": weights,
-        "copy_bytes_per_s": copied,
-        "generator": generator,
-    }
+        *_, found = side_by_side("exl2", session, turns, env)
+        return {
+            "decode_tokens_per_s": decode,
+            "weights": sum(gpu_weights(session).values()),
+            "copy_bytes_per_s": copied,
+            "generator": session.ready.versions.get("generator", ""),
+            **found,
+        }
 
 
 # --- a 70B on two GPUs of 24 GiB each
@@ -606,27 +576,18 @@ def sweep_row(parts: dict[str, Result]) -> Result | None:
 
 
 def speed_row(part: Result) -> Result:
-    """Medians over the turns: ours over bare, and what of the copy's bandwidth the weights alone take."""
-    turns = part["turns"]
-
-    def middle(who: str, count: str) -> float:
-        return float(statistics.median(turn[who][count]["median"] for turn in turns))
-
-    counts = list(turns[0]["ours"])
-    ratio = {count: round(middle("ours", count) / middle("bare", count), 4) for count in counts}
-    copied = statistics.median(turn["copy_bytes_per_s"] for turn in turns)
-    read = statistics.median(turn["weights"] * turn["decode_tokens_per_s"] for turn in turns)
+    """Ours over bare, and what of the copy's bandwidth the weights alone take."""
+    read = part["weights"] * part["decode_tokens_per_s"]
+    counts = part["in_flight"]
     return {
-        "turns": len(turns),
-        "ours": {count: middle("ours", count) for count in counts},
-        "bare": {count: middle("bare", count) for count in counts},
-        "ratio": ratio,
-        "bound": BOUNDS["exl2"],
-        "within": all(value >= BOUNDS["exl2"] for value in ratio.values()),
-        "weights": turns[0]["weights"],
+        "turns": min(len(found["turns"]["ours"]) for found in counts.values()),
+        **{key: {count: found[key] for count, found in counts.items()} for key in ("ours", "bare", "ratio")},
+        "bound": part["bound"],
+        "within": part["within_bound"],
+        "weights": part["weights"],
         "read_bytes_per_s": read,
-        "copy_bytes_per_s": copied,
-        "share_of_copy": round(read / copied, 4),
+        "copy_bytes_per_s": part["copy_bytes_per_s"],
+        "share_of_copy": round(read / part["copy_bytes_per_s"], 4),
     }
 
 
@@ -697,7 +658,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
         command.add_argument("--minutes", type=float, default=1e6)
         if known is None:
             command.add_argument("name", choices=[shape for shape in SHAPES if shape != "70b"])
-            command.add_argument("--rounds", type=int, default=3)
+            command.add_argument("--turns", type=int, default=12)
         else:
             command.add_argument("--only", nargs="+", choices=known, default=[])
         if name in ("sweep", "big"):
@@ -724,7 +685,7 @@ def main() -> None:
             case "sweep":
                 sweep(out, work, arguments.only, arguments.tiny)
             case "speed":
-                speed(out, work, arguments.name, arguments.rounds)
+                do(out, f"speed-{arguments.name}", lambda: speed(work, arguments.name, arguments.turns))
             case "big":
                 big(out, work, arguments.only, arguments.tiny)
             case "kill":

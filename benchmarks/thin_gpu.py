@@ -5,7 +5,7 @@ Runs in pieces; each writes OUT/<name>.json as soon as it has something, models 
     thin_gpu.py embedded OUT WORK [WAY ...]      answers, KL and top-1 agreement against float32 on the CPU
     thin_gpu.py model OUT WORK                   writes a random Llama of about 1 B parameters to WORK
     thin_gpu.py speed OUT WORK WAY ...           load, tokens/s at 1 and 16 in flight, plan against measured per GPU
-    thin_gpu.py ratio OUT WORK WAY [ROUNDS]      the same generator in a bare script, turn by turn with ours
+    thin_gpu.py ratio OUT WORK WAY [TURNS]       the same generator in a bare script, both loaded, turn by turn
     thin_gpu.py collect OUT                      all of them into results/thin_gpu.json, with the bounds
 
 Ways of `embedded`: exl2-4, exl2-6, exl2-8, vllm-tp1, vllm-tp2. Of `speed`: exl2-split, exl2-auto, vllm-tp1, vllm-tp2.
@@ -15,14 +15,16 @@ Of `ratio`: exl2-one (one GPU), vllm-tp1. The 1 B model's weights are random: it
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ from orchestrator.config import (
 )
 from orchestrator.errors import OrchestratorError
 from orchestrator.runfolder import RunFolder
-from orchestrator.tasks.session import Session, look, open_session
+from orchestrator.tasks.session import Session, look, memory, open_session
 from orchestrator.tokenizer import Tokenizer
 
 WINDOW, WINDOWS = 256, 12  # held-out tokens
@@ -224,6 +226,7 @@ def measured(session: Session) -> dict[str, Any]:
             }
             for gpu, peak in zip(chosen.gpus, peaks, strict=False)
         ],
+        "memory": memory(session.planned, session.chosen, session.watch, stats),  # NVML's
         "host": {"planned": chosen.host.total, "peak": stats.host_peak_bytes, "weights": placement.get("cpu", 0)},
         "plan": {"max_context": chosen.max_context, "bits": chosen.bits, "gpu_split": list(chosen.gpu_split)},
         "versions": session.ready.versions,
@@ -323,17 +326,19 @@ def answer(session: Session, requests: list[Request]) -> tuple[int, dict[str, st
     return tokens, texts
 
 
+def rate(session: Session, count: int, turn: int) -> float:
+    """tokens/s of so many requests at the same time, seen by the parent from the first submission to the last end."""
+    requests = [Request(str(i), tokens, ANSWER) for i, tokens in enumerate(prompts(count, 100 * turn + count))]
+    began = time.monotonic()
+    tokens, _ = answer(session, requests)
+    return tokens / (time.monotonic() - began)
+
+
 def rates(session: Session, rounds: int = 3) -> dict[str, Any]:
-    """tokens/s seen by the parent, from the first submission to the last end."""
     found: dict[str, Any] = {}
     for count in IN_FLIGHT:
-        values = []
-        for turn in range(rounds + 1):  # the first is not counted
-            requests = [Request(str(i), tokens, ANSWER) for i, tokens in enumerate(prompts(count, 100 * turn + count))]
-            began = time.monotonic()
-            tokens, _ = answer(session, requests)
-            values.append(tokens / (time.monotonic() - began))
-        found[str(count)] = {"median": round(statistics.median(values[1:]), 1), "all": [round(v, 1) for v in values]}
+        values = [rate(session, count, turn) for turn in range(rounds + 1)][1:]  # the first is not counted
+        found[str(count)] = {"median": round(statistics.median(values), 1), "all": [round(v, 1) for v in values]}
     return found
 
 
@@ -349,53 +354,84 @@ def speed(out: Path, work: Path, names: list[str]) -> None:
 # --- the same generator in a bare script
 
 
-def ratio(out: Path, work: Path, name: str, rounds: int) -> None:
-    """Ours, bare, ours, bare, ...: each in fresh processes."""
-    turns: list[dict[str, Any]] = []
-    for _ in range(rounds):
-        with live(work, name, random_config(work, name)) as session:
-            ours = rates(session)
-            plan = session.engine.plan
-            generator = session.ready.versions.get("generator", "")
-        arguments = {
-            "model": plan.model,
-            "context": plan.max_context,
-            "in_flight": plan.max_in_flight,
-            "cache_bits": plan.cache_bits,
-            "dtype": plan.dtype,
-            "tensor": plan.tensor_parallel,
-            "memory": max(plan.memory.values(), default=0),
-            "engine_args": plan.engine_args,
-            "unpaged": generator.startswith("unpaged"),
-        }
-        command = [sys.executable, __file__, "--bare", name.partition("-")[0], json.dumps(arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("BARE ")]
-        if not lines:
-            write(out, f"ratio-{name}", {"error": (done.stdout + done.stderr)[-3000:], "turns": turns})
-            return
-        turns.append({"ours": ours, "bare": json.loads(lines[-1].removeprefix("BARE "))})
-        best = {
-            count: round(
-                statistics.median(t["ours"][count]["median"] for t in turns)
-                / statistics.median(t["bare"][count]["median"] for t in turns),
-                4,
-            )
-            for count in map(str, IN_FLIGHT)
-        }
-        bound = BOUNDS[name.partition("-")[0]]
-        within = all(value >= bound for value in best.values())
-        write(out, f"ratio-{name}", {"ratio": best, "bound": bound, "within_bound": within, "turns": turns})
-
-
-def summary(values: dict[int, list[float]]) -> dict[str, Any]:
-    return {
-        str(count): {"median": round(statistics.median(v[1:]), 1), "all": [round(x, 1) for x in v]}
-        for count, v in values.items()
+@contextmanager
+def bare_script(kind: str, session: Session, env: Mapping[str, str]) -> Iterator[Callable[[int, int], float]]:
+    """The bare script as a process with the session's model loaded: (requests, turn) -> tokens/s."""
+    plan = session.engine.plan
+    given = {
+        "model": plan.model,
+        "context": plan.max_context,
+        "in_flight": plan.max_in_flight,
+        "cache_bits": plan.cache_bits,
+        "dtype": plan.dtype,
+        "tensor": plan.tensor_parallel,
+        "memory": max(plan.memory.values(), default=0),
+        "engine_args": plan.engine_args,
+        "unpaged": session.ready.versions.get("generator", "").startswith("unpaged"),
     }
+    command = [sys.executable, __file__, "--bare", kind, json.dumps(given)]
+    with subprocess.Popen(
+        command, env=os.environ | env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        asked, said = process.stdin, process.stdout
+
+        def ask(count: int, turn: int) -> float:
+            asked.write(f"{count} {turn}\n")
+            asked.flush()
+            for line in said:
+                if line.startswith("BARE "):
+                    return float(line.removeprefix("BARE "))
+            raise RuntimeError(f"the bare script ended with {process.wait()}")
+
+        try:
+            yield ask
+        finally:
+            asked.close()
 
 
-def bare_exl2(given: dict[str, Any], rounds: int = 3) -> dict[str, Any]:
+def side_by_side(
+    kind: str, session: Session, turns: int, env: Mapping[str, str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Ours, bare, bare, ours, ...: both loaded on the same GPU, one of them at work at a time.
+
+    Args:
+        kind: exl2 or vllm.
+        env: variables of the bare script's, on top of this process's.
+
+    Yields:
+        What is known after each number of requests in flight.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    with bare_script(kind, session, env or {}) as bare:
+        both: dict[str, Callable[[int, int], float]] = {"ours": partial(rate, session), "bare": bare}
+        for count in IN_FLIGHT:
+            values: dict[str, list[float]] = {who: [] for who in both}
+            for turn in range(-2, turns):  # the first two are not counted
+                for who in ("ours", "bare") if turn % 2 else ("bare", "ours"):
+                    values[who].append(round(both[who](count, turn % 100), 1))
+            ours, theirs = (found_by[2:] for found_by in values.values())
+            pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
+            found[str(count)] = {
+                "ratio": round(statistics.median(ours) / statistics.median(theirs), 4),
+                "quartiles_of_turns": [round(q, 4) for q in statistics.quantiles(pairs, n=4)],
+                "ours": round(statistics.median(ours), 1),
+                "bare": round(statistics.median(theirs), 1),
+                "turns": {"ours": ours, "bare": theirs},
+            }
+            bound = BOUNDS[kind]
+            within = all(part["ratio"] >= bound for part in found.values())
+            yield {"bound": bound, "within_bound": within, "in_flight": found}
+
+
+def ratio(out: Path, work: Path, name: str, turns: int) -> None:
+    with live(work, name, random_config(work, name)) as session:
+        for found in side_by_side(name.partition("-")[0], session, turns):
+            write(out, f"ratio-{name}", found)
+
+
+def bare_exl2(given: dict[str, Any]) -> Callable[[int, int], float]:
     """exllamav2's dynamic generator as its own examples call it, with the sizes of our plan."""
     import torch
     from exllamav2 import (
@@ -424,28 +460,28 @@ def bare_exl2(given: dict[str, Any], rounds: int = 3) -> dict[str, Any]:
         max_batch_size=at_once,
         paged=not given["unpaged"],
     )
-    found: dict[int, list[float]] = {}
-    for count in IN_FLIGHT:
-        for turn in range(rounds + 1):
-            began = time.monotonic()
-            for tokens in prompts(count, 100 * turn + count):
-                generator.enqueue(
-                    ExLlamaV2DynamicJob(
-                        input_ids=torch.tensor([tokens], dtype=torch.long),
-                        max_new_tokens=ANSWER,
-                        gen_settings=ExLlamaV2Sampler.Settings.greedy(),
-                    )
+
+    def run(count: int, turn: int) -> float:
+        began = time.monotonic()
+        for tokens in prompts(count, 100 * turn + count):
+            generator.enqueue(
+                ExLlamaV2DynamicJob(
+                    input_ids=torch.tensor([tokens], dtype=torch.long),
+                    max_new_tokens=ANSWER,
+                    gen_settings=ExLlamaV2Sampler.Settings.greedy(),
                 )
-            made = 0
-            while generator.num_remaining_jobs():
-                for result in generator.iterate():
-                    if result["eos"]:
-                        made += result["new_tokens"]
-            found.setdefault(count, []).append(made / (time.monotonic() - began))
-    return summary(found)
+            )
+        made = 0
+        while generator.num_remaining_jobs():
+            for result in generator.iterate():
+                if result["eos"]:
+                    made += result["new_tokens"]
+        return made / (time.monotonic() - began)
+
+    return run
 
 
-def bare_vllm(given: dict[str, Any], rounds: int = 3) -> dict[str, Any]:
+def bare_vllm(given: dict[str, Any]) -> Callable[[int, int], float]:
     """vLLM's AsyncLLM, with the sizes of our plan."""
     import asyncio
 
@@ -474,29 +510,26 @@ def bare_vllm(given: dict[str, Any], rounds: int = 3) -> dict[str, Any]:
         **extra,
     )
 
-    async def run() -> dict[str, Any]:
-        engine = AsyncLLM.from_engine_args(args)
-        sampling = SamplingParams(
-            temperature=0.0, max_tokens=ANSWER, ignore_eos=True, output_kind=RequestOutputKind.DELTA
-        )
+    async def start() -> Any:
+        return AsyncLLM.from_engine_args(args)
 
-        async def one(name: str, tokens: list[int]) -> int:
-            made = 0
-            async for output in engine.generate({"prompt_token_ids": tokens}, sampling, name):
-                made += len(output.outputs[0].token_ids)
-            return made
+    loop = asyncio.new_event_loop()
+    engine = loop.run_until_complete(start())
+    sampling = SamplingParams(temperature=0.0, max_tokens=ANSWER, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
 
-        found: dict[int, list[float]] = {}
-        for count in IN_FLIGHT:
-            for turn in range(rounds + 1):
-                began = time.monotonic()
-                given_now = prompts(count, 100 * turn + count)
-                made = await asyncio.gather(*[one(f"{count}-{turn}-{i}", t) for i, t in enumerate(given_now)])
-                found.setdefault(count, []).append(sum(made) / (time.monotonic() - began))
-        engine.shutdown()
-        return summary(found)
+    async def one(name: str, tokens: list[int]) -> int:
+        made = 0
+        async for output in engine.generate({"prompt_token_ids": tokens}, sampling, name):
+            made += len(output.outputs[0].token_ids)
+        return made
 
-    return asyncio.run(run())
+    async def all_of(count: int, turn: int) -> float:
+        began = time.monotonic()
+        given_now = prompts(count, 100 * turn + count)
+        made = await asyncio.gather(*[one(f"{count}-{turn}-{i}", t) for i, t in enumerate(given_now)])
+        return sum(made) / (time.monotonic() - began)
+
+    return lambda count, turn: loop.run_until_complete(all_of(count, turn))
 
 
 def collect(out: Path) -> None:
@@ -515,8 +548,10 @@ def collect(out: Path) -> None:
 def main() -> None:
     command, *rest = sys.argv[1:] or ["--help"]
     if command == "--bare":
-        bare = {"exl2": bare_exl2, "vllm": bare_vllm}[rest[0]]
-        print(f"BARE {json.dumps(bare(json.loads(rest[1])))}", flush=True)
+        bare = {"exl2": bare_exl2, "vllm": bare_vllm}[rest[0]](json.loads(rest[1]))
+        for line in sys.stdin:
+            count, turn = map(int, line.split())
+            print(f"BARE {bare(count, turn)}", flush=True)
         return
     if command == "collect" and rest:
         collect(Path(rest[0]))
@@ -534,7 +569,7 @@ def main() -> None:
         case "speed":
             speed(out, work, names)
         case "ratio":
-            ratio(out, work, names[0] if names else "exl2-one", int(names[1]) if len(names) > 1 else 2)
+            ratio(out, work, names[0] if names else "exl2-one", int(names[1]) if len(names) > 1 else 12)
 
 
 if __name__ == "__main__":

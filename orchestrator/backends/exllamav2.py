@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,16 @@ _UNPAGED_CHUNK = 512  # tokens of one prefill step without flash-attn: its atten
 _FULL = ("Insufficient VRAM", "Insufficient space in device allocation")  # exllamav2's own messages
 
 
+@dataclass
+class _Counts:
+    """Those of Stats, added to in place: once a step, between two steps of a GPU."""
+
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+
+
 class ExLlamaV2Engine:
     """Continuous batching through ExLlamaV2's dynamic generator; without flash-attn one request at a time, in order."""
 
@@ -53,7 +63,7 @@ class ExLlamaV2Engine:
         self._vocabulary = 0
         self._jobs: dict[str, tuple[Row, Any]] = {}  # request id -> its row and the generator's job
         self._at_once: list[Event] = []  # events that need no step
-        self._counts = Stats(0, [], 0, 0.0, 0, 0.0)
+        self._counts = _Counts()
 
     def load(self, plan: LoadPlan) -> None:
         """Loads plan.model over the GPUs of the plan: split by hand where plan.gpu_split is set, else by the engine.
@@ -238,7 +248,9 @@ class ExLlamaV2Engine:
         if found is None:
             return []
         row, job = found
-        tokens = [*_tokens(result), *_tokens(result.get("held") or {})]
+        tokens = _tokens(result)
+        if "held" in result:
+            tokens += _tokens(result["held"])
         events: list[Event] = []
         if not finite:
             events += row.take(0, False, self._ends)
@@ -255,13 +267,11 @@ class ExLlamaV2Engine:
     def _count(self, prefilled: int, streamed: int, prefilling: bool, took: float) -> None:
         counts = self._counts
         if prefilling:
-            self._counts = replace(
-                counts, prefill_tokens=counts.prefill_tokens + prefilled, prefill_s=counts.prefill_s + took
-            )
+            counts.prefill_tokens += prefilled
+            counts.prefill_s += took
         else:
-            self._counts = replace(
-                counts, decode_tokens=counts.decode_tokens + streamed, decode_s=counts.decode_s + took
-            )
+            counts.decode_tokens += streamed
+            counts.decode_s += took
 
     def score(self, tokens: list[int], top_k: int) -> Score:
         """Forward passes through the cache (as quantized as it is), softmax in float32.
@@ -301,7 +311,7 @@ class ExLlamaV2Engine:
 
     def stats(self) -> Stats:
         """Counters and peaks since load."""
-        return replace(self._counts, host_peak_bytes=host_peak(), gpu_peak_bytes=gpu_peaks())
+        return Stats(host_peak(), gpu_peaks(), **vars(self._counts))
 
     def close(self) -> None:
         """Frees the GPUs; what is in flight is left as it is."""
@@ -352,8 +362,12 @@ def _remembering(decode: Callable[[list[int]], str]) -> Callable[[list[int]], st
 
 
 def _tokens(part: dict[str, Any]) -> list[int]:
+    """Of a tensor of shape (1, tokens), or of none."""
     tokens = part.get("token_ids")
-    return [] if tokens is None else [int(token) for token in tokens[0].tolist()]
+    if tokens is None:
+        return []
+    (row,) = tokens.tolist()
+    return list(row)
 
 
 def end_tokens(folder: Path, token_id: Callable[[str], int | None]) -> frozenset[int]:

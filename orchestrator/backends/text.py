@@ -59,6 +59,8 @@ class StopFilter:
         """What can be shown now. After a hit nothing can."""
         if self.hit:
             return ""
+        if not self._stops:
+            return text
         text = self._held + text
         # The one that is complete first, so that the pieces in which the text comes make no difference.
         ends = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]

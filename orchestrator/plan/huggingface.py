@@ -23,7 +23,11 @@ STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # safetensors
 # Resident memory of the process before any weight: interpreter, torch, transformers, the engine. Linux x86-64:
 # 410 MiB with the CPU build of torch 2.13, more with a CUDA build, which loads larger libraries.
 HOST_RUNTIME = {"cpu": 600 * MIB, "cuda": 3000 * MIB}
-CUDA_RUNTIME = 700 * MIB  # context, kernels and cuBLAS workspace of one process on one GPU
+# Context and kernels of one process on one GPU, beside torch's allocator: 760 to 785 MiB on an H200 with CUDA 13.0,
+# 850 with the kernels of int8. Cards with fewer multiprocessors take less.
+CUDA_RUNTIME = {"int8": 860 * MIB, "": 780 * MIB}
+# cuBLAS and cuBLASLt each get 32 MiB from torch's allocator on compute capability 9.0, less on older cards.
+CUBLAS_WORKSPACE = 64 * MIB
 QUANT_BLOCK = 64  # bitsandbytes' 4-bit blocks: one float32 absmax each
 FLOAT32 = "e_score_correction_bias"  # transformers keeps it so whatever the dtype
 NESTED_BLOCK = 256  # double quantization: one float32 for so many absmax bytes
@@ -164,11 +168,19 @@ def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: Sequence[Unit],
     return _offloaded(spec, hardware, ask, offload, context) or plain
 
 
+def _beside_the_model(spec: ModelSpec, hardware: Hardware, ask: Ask, context: int) -> tuple[int, int]:
+    """(runtime, scratch) of each device that computes, bytes."""
+    scratch = scratch_bytes(spec, ask, context)
+    if not hardware.gpus:
+        return HOST_RUNTIME["cpu"], scratch
+    return CUDA_RUNTIME.get(ask.method, CUDA_RUNTIME[""]), scratch + CUBLAS_WORKSPACE
+
+
 def _on_host(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: Sequence[Unit], context: int) -> Candidate:
     weights = sum(part.weights for part in parts)
     kv = sum(part.kv_per_token for part in parts) * context * ask.max_in_flight
-    scratch = scratch_bytes(spec, ask, context)
-    host = DeviceBytes("cpu", weights, kv, scratch, HOST_RUNTIME["cpu"], hardware.host_available)
+    runtime, scratch = _beside_the_model(spec, hardware, ask, context)
+    host = DeviceBytes("cpu", weights, kv, scratch, runtime, hardware.host_available)
     reasons = _broken_rows(spec, ask)
     return Candidate.of(ask, context, (), host, reasons, device_map={"": "cpu"}, weights={"cpu": weights})
 
@@ -187,8 +199,8 @@ def _broken_row(spec: ModelSpec) -> str | None:
 
 def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: Sequence[Unit], context: int) -> Candidate:
     """Fills the GPUs in order; what is over stays on the last one, which then does not fit."""
-    scratch = scratch_bytes(spec, ask, context)
-    room = [gpu.free - CUDA_RUNTIME - scratch for gpu in hardware.gpus]
+    runtime, scratch = _beside_the_model(spec, hardware, ask, context)
+    room = [gpu.free - runtime - scratch for gpu in hardware.gpus]
     weights, cache = [0] * len(room), [0] * len(room)
     device_map: dict[str, str] = {}
     at = 0
@@ -201,7 +213,7 @@ def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: Sequence[Unit
         device_map |= dict.fromkeys(part.modules, f"cuda:{hardware.gpus[at].index}")
     used = [i for i, size in enumerate(weights) if size]
     gpus = tuple(
-        DeviceBytes(f"cuda:{gpu.index}", weights[i], cache[i], scratch, CUDA_RUNTIME, gpu.free)
+        DeviceBytes(f"cuda:{gpu.index}", weights[i], cache[i], scratch, runtime, gpu.free)
         for i, gpu in enumerate(hardware.gpus)
         if i in used
     )
@@ -214,8 +226,7 @@ def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: Sequence[Unit
 
 def _offloaded(spec: ModelSpec, hardware: Hardware, ask: Ask, offload: Offload, context: int) -> Candidate | None:
     """With what is over in host memory and on disk; None where that is no way either."""
-    scratch = scratch_bytes(spec, ask, context)
-    runtime = CUDA_RUNTIME if hardware.gpus else HOST_RUNTIME["cpu"]
+    runtime, scratch = _beside_the_model(spec, hardware, ask, context)
     free = {f"cuda:{gpu.index}": gpu.free for gpu in hardware.gpus} or {"cpu": hardware.host_available}
     stores = {"cpu": offload.cpu} if hardware.gpus else {}
     if offload.folder is not None:

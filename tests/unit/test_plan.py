@@ -20,7 +20,7 @@ from orchestrator.config import Config
 from orchestrator.engine import interpreters
 from orchestrator.errors import CheckpointError, ConfigError, DoesNotFitError, EngineUnavailableError
 from orchestrator.hardware import GIB, MIB, Gpu, Hardware, profile_gpus
-from orchestrator.plan.huggingface import CUDA_RUNTIME, HOST_RUNTIME, linear_bytes
+from orchestrator.plan.huggingface import CUBLAS_WORKSPACE, CUDA_RUNTIME, HOST_RUNTIME, linear_bytes
 from orchestrator.plan.planner import make_plan, must_fit, runnable
 from orchestrator.plan.ranking import why
 from orchestrator.plan.types import Candidate, Plan
@@ -468,7 +468,10 @@ def test_a_profile_is_so_many_cards_less_what_the_driver_keeps(count: int) -> No
 
 def test_runtime_is_counted_on_every_device(specs: dict[Llama, ModelSpec]) -> None:
     assert best(specs[SMALL], cpu()).host.runtime == HOST_RUNTIME["cpu"]
-    assert best(specs[SMALL], cards(1)).gpus[0].runtime == CUDA_RUNTIME
+    for option, method in (("backend=transformers", ""), ("quant.bits=8", "int8")):
+        gpu = best(specs[SMALL], cards(1), option).gpus[0]
+        assert gpu.runtime == CUDA_RUNTIME[method]
+        assert gpu.scratch > CUBLAS_WORKSPACE
 
 
 def test_every_backend_has_a_known_method_and_a_memory_model() -> None:
