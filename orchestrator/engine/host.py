@@ -231,32 +231,55 @@ def _serve(engine: Engine, warm: Stats, inbox: Inbox, outbox: wire.Sender) -> No
     An idle engine is looked at too: one that has died says so in its events.
     """
     in_flight: set[str] = set()
-    unsent: list[Event] = []
-    sent = 0.0
-    while True:
-        for command in inbox.drain(wait=0 if in_flight else _IDLE_S):
-            match command:
-                case wire.Submit(request):
-                    in_flight.add(request.id)
-                    engine.submit(request)
-                case wire.Cancel(request_id):
-                    engine.cancel(request_id)
-                case wire.ScoreTokens(number, tokens, top_k):
-                    outbox.send(wire.Scored(number, engine.score(tokens, top_k)))
-                case wire.GetStats():
-                    outbox.send(wire.StatsReport(_since(warm, engine.stats())))
-                case wire.Close():
-                    return
-                case _:
-                    raise EngineError(f"{type(command).__name__} is not a command")
-        events = engine.events()
-        ended = {event.id for event in events if not isinstance(event, Delta)}
-        in_flight -= ended
-        unsent += events
-        now = time.monotonic()
-        if unsent and (ended or not events or now - sent >= _SEND_S):
-            outbox.send(wire.Events(joined(unsent)))
-            unsent, sent = [], now
+    outgoing = _Outgoing(outbox)
+    try:
+        while True:
+            for command in inbox.drain(wait=0 if in_flight else _IDLE_S):
+                match command:
+                    case wire.Submit(request):
+                        in_flight.add(request.id)
+                        engine.submit(request)
+                    case wire.Cancel(request_id):
+                        engine.cancel(request_id)
+                    case wire.ScoreTokens(number, tokens, top_k):
+                        outbox.send(wire.Scored(number, engine.score(tokens, top_k)))
+                    case wire.GetStats():
+                        outbox.send(wire.StatsReport(_since(warm, engine.stats())))
+                    case wire.Close():
+                        return
+                    case _:
+                        raise EngineError(f"{type(command).__name__} is not a command")
+            events = engine.events()
+            in_flight.difference_update(e.id for e in events if not isinstance(e, Delta))
+            outgoing.add(events)
+    finally:  # also where the engine has failed: what it has answered is answered
+        outgoing.flush()
+
+
+class _Outgoing:
+    """Events on their way to the parent. Those of quick steps travel together; an answer's end does not wait."""
+
+    def __init__(self, outbox: wire.Sender) -> None:
+        self._outbox = outbox
+        self._waiting: list[Event] = []
+        self._sent = 0.0
+
+    def add(self, events: list[Event]) -> None:
+        """Sends them or keeps them for the next; a step without any sends what there is."""
+        self._waiting += events
+        only_deltas = bool(events) and all(isinstance(event, Delta) for event in events)
+        if not only_deltas or time.monotonic() - self._sent >= _SEND_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Sends what there is.
+
+        Raises:
+            OSError: the parent is gone.
+        """
+        if self._waiting:
+            self._outbox.send(wire.Events(joined(self._waiting)))
+            self._waiting, self._sent = [], time.monotonic()
 
 
 def joined(events: list[Event]) -> list[Event]:

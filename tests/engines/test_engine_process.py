@@ -20,7 +20,7 @@ import pytest
 import tiny
 from asking import FAKE, Answer, answer, make_plan
 
-from orchestrator.backends.protocol import Finished, LoadPlan, Request
+from orchestrator.backends.protocol import Delta, Finished, LoadPlan, Request
 from orchestrator.engine import wire
 from orchestrator.engine.handle import EngineProcess
 from orchestrator.engine.process import ChildProcess, child_environment
@@ -146,6 +146,25 @@ def test_what_the_child_prints_does_not_disturb(start: Start) -> None:
     assert "a C library says hello" in log
 
 
+def test_tokens_of_quick_steps_travel_together(start: Start) -> None:
+    process = start(fake_plan("quick"), FAKE)
+    process.wait_ready(timeout=20)
+    requests = [Request(name, list(range(1, 301)), 300) for name in "ab"]
+    for request in requests:
+        process.submit(request)
+    answers = {request.id: Answer() for request in requests}
+    messages = 0
+    while not all(a.end for a in answers.values()):
+        events = process.events()
+        messages += 1
+        assert len([e for e in events if isinstance(e, Delta)]) == len({e.id for e in events if isinstance(e, Delta)})
+        for event in events:
+            answers[event.id].take(event)
+    assert [a.tokens for a in answers.values()] == [r.tokens for r in requests]
+    assert {a.text for a in answers.values()} == {"x" * 300}
+    assert messages < 150
+
+
 @pytest.mark.parametrize(
     ("fault", "kind", "message"),
     [
@@ -172,6 +191,21 @@ def test_a_death_in_the_middle_of_an_answer(start: Start, fault: str, message: s
     process.wait_ready(timeout=20)
     process.submit(Request("a", [1] * 100, 100))
     assert message in str(read_until_error(process))
+
+
+def test_what_was_answered_before_an_engine_fails_is_answered(start: Start) -> None:
+    process = start(fake_plan("quick step"), FAKE)
+    process.wait_ready(timeout=20)
+    process.submit(Request("a", [1] * 100, 100))
+    got: list[int] = []
+
+    def read() -> None:
+        while True:
+            got.extend(t for e in process.events(timeout=SOON) if isinstance(e, Delta) for t in e.tokens)
+
+    with pytest.raises(EngineError, match="the kernel gave up"):
+        read()
+    assert len(got) == 10  # of 20 steps, the smoke pass and the warm-up took 10
 
 
 def test_a_death_is_noticed_though_nothing_is_in_flight(start: Start) -> None:
