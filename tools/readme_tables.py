@@ -109,21 +109,43 @@ def checkpoints() -> str:
 def gpus() -> str:
     """The embedded model through the GPU engines: quality, and the plan's weights against what lies there."""
     result = json.loads((RESULTS / "thin_gpu.json").read_text())
-    rows = []
+    rows, tokens = [], 0
     for name, part in result["parts"].items():
         if not name.startswith("embedded-") or "error" in part:
             continue
         bits = [f"{r['measured_bits']:.3f}" for r in part["reports"].values() if "measured_bits" in r]
         planned = sum(gpu["weights_planned"] for gpu in part["gpus"])
         found = sum(gpu["weights"] for gpu in part["gpus"])
+        tokens = part["tokens"]
         quality = [f"{part['kl_mean']:.2g}", f"{part['top1_agreement']:.1%}"]
         weights = [f"{planned / MIB:.3f} MiB", f"{found / MIB:.3f} MiB"]
         rows.append([name.removeprefix("embedded-"), *(bits or ["16"]), *quality, *weights, f"{part['load_s']:.0f} s"])
     head = ["way", "bits", "KL", "top-1", "weights planned", "weights placed", "load"]
     return (
         "The embedded model, merged from `.bin` and adapter by one command each; KL and top-1 agreement against "
-        f"float32 on the CPU over {rows and part['tokens']:,} held-out tokens:\n\n{table(head, rows)}\n\n"
-        f"`benchmarks/thin_gpu.py`: {environment(result)}"
+        f"float32 on the CPU over {tokens:,} held-out tokens:\n\n{table(head, rows)}\n\n"
+        f"{random_1b(result['parts'])}\n\n`benchmarks/thin_gpu.py`: {environment(result)}"
+    )
+
+
+def random_1b(parts: dict[str, Any]) -> str:
+    """Speed and memory of a model whose weights are random, on cards that are capped."""
+    rows: list[list[str]] = []
+    for name, part in parts.items():
+        if not name.startswith("speed-") or "error" in part:
+            continue
+        rates = [f"{part['tokens_per_s'][count]['median']:,.0f}" for count in ("1", "16")]
+        gib = [[gpu[key] / 2**30 for gpu in part["gpus"]] for key in ("peak_planned", "peak")]
+        peaks = [" + ".join(f"{size:.2f}" for size in sizes) for sizes in gib]
+        rows.append([name.removeprefix("speed-"), f"{part['load_s']:.0f} s", *rates, *peaks])
+    for name, part in parts.items():
+        if name.startswith("ratio-"):
+            ratios = [f"{found['ratio']:.3f} of bare" for found in part["in_flight"].values()]
+            rows.append([f"{name.removeprefix('ratio-')}, beside a bare script", "", *ratios, "", ""])
+    head = ["way", "load", "tokens/s, 1 in flight", "16 in flight", "allocator planned, GiB", "measured, GiB"]
+    return (
+        "A random Llama of 1B on cards that are capped to 24 GiB (`hardware.memory_gib=24`); `exl2-split` is "
+        f"`parallel.gpu_split=[0.4,24]`, vLLM takes what the cap leaves it:\n\n{table(head, rows)}"
     )
 
 
