@@ -157,7 +157,7 @@ def test_the_pieces_join_to_the_text_of_the_tokens(session: Session) -> None:
     got = only_text(session, Request("a", session.tokenizer.encode(QUESTION), 40))["a"]
     tokenizer = AutoTokenizer.from_pretrained(session.model.path)
     assert got.text == tokenizer.decode(got.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert len(got.pieces) > 5
+    assert len(got.pieces) > 1  # tokens of some milliseconds travel together
     assert isinstance(got.end, Finished)
     assert got.end.reason == "stop"  # the end token, which is not shown
 
