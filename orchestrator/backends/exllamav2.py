@@ -50,6 +50,8 @@ class _Counts:
 class ExLlamaV2Engine:
     """Continuous batching through ExLlamaV2's dynamic generator; without flash-attn one request at a time, in order."""
 
+    gather_s = 0.0
+
     def __init__(self) -> None:
         self._plan: LoadPlan
         self._torch: Any = None

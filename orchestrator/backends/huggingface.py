@@ -31,6 +31,8 @@ _SCORE_ROWS = 256  # positions whose float32 log-probabilities are held at a tim
 class HuggingFaceEngine:
     """Static batches of up to plan.max_in_flight requests through transformers' `generate`."""
 
+    gather_s = 0.005
+
     def __init__(self) -> None:
         self._model: Any = None
         self._tokenizer: Any = None

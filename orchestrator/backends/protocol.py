@@ -110,7 +110,14 @@ class Stats:
 
 
 class Engine(Protocol):
-    """An adapter to one of the field's engines. It lives in the child process and is used from one thread."""
+    """An adapter to one of the field's engines. It lives in the child process and is used from one thread.
+
+    Attributes:
+        gather_s: so long, in seconds, an idle engine waits for more requests behind the first. An engine that takes
+            requests in at any step need not wait; one whose batches are fixed would run the first alone.
+    """
+
+    gather_s: float
 
     def load(self, plan: LoadPlan) -> None:
         """Loads plan.model exactly as the plan says."""

@@ -64,6 +64,8 @@ class ProcessEndedError(Exception):
 class VllmEngine:
     """One AsyncLLM with its engine core and workers, which are processes of this one's group."""
 
+    gather_s = 0.0
+
     def __init__(self) -> None:
         self._plan: LoadPlan
         self._llm: Any = None

@@ -34,7 +34,6 @@ from orchestrator.errors import EngineError, OrchestratorError
 _READ_BYTES = 1 << 16
 _IDLE_S = 0.5  # between two looks at an idle engine
 _SEND_S = 0.01  # tokens of quicker steps travel together: a message costs the engine tens of microseconds
-_GATHER_S = 0.001  # an idle engine waits so long for more requests: a batch then starts with all of them
 _SMOKE_TOKENS = [1, 2, 3, 4]  # ids that every vocabulary has
 _WARM_IN_FLIGHT = 4  # the parent's usual number; more would cost a large model seconds
 _MAX_MESSAGE = 600  # characters of a Fatal's line
@@ -85,14 +84,14 @@ class Inbox:
             raise item
         return item
 
-    def drain(self, wait: float) -> list[wire.Message]:
-        """Everything that is there; given seconds to wait, also what comes in them and close behind it."""
+    def drain(self, wait: float = 0.0, gather: float = 0.0) -> list[wire.Message]:
+        """Everything that is there, and what comes within `wait` seconds and close behind it, `gather` seconds each."""
         found: list[wire.Message] = []
         with contextlib.suppress(queue.Empty):
             if wait:
                 found.append(self.get(timeout=wait))
             while True:
-                found.append(self.get(timeout=_GATHER_S if wait else 0))
+                found.append(self.get(timeout=gather))
         return found
 
 
@@ -234,7 +233,7 @@ def _serve(engine: Engine, warm: Stats, inbox: Inbox, outbox: wire.Sender) -> No
     outgoing = _Outgoing(outbox)
     try:
         while True:
-            for command in inbox.drain(wait=0 if in_flight else _IDLE_S):
+            for command in inbox.drain() if in_flight else inbox.drain(_IDLE_S, engine.gather_s):
                 match command:
                     case wire.Submit(request):
                         in_flight.add(request.id)

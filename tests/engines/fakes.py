@@ -14,6 +14,8 @@ from orchestrator.backends.protocol import Delta, Event, Finished, LoadPlan, Req
 class Fake:
     """Answers each request with its prompt, one token a step, 10 ms each (1 ms where it is "quick")."""
 
+    gather_s = 0.0
+
     def load(self, plan: LoadPlan) -> None:
         self.fault = plan.engine_args.get("fault", "")
         self.rows: dict[str, tuple[Request, int]] = {}
