@@ -14,8 +14,6 @@ from typing import Any, Self
 from orchestrator.hardware import Gpu, nvml
 
 PERIOD_S = 0.04  # between two samples: 25 a second
-# Once an engine is warm it keeps what it has taken, and the driver serves NVML at the cost of the engine's launches.
-SETTLED_S = 1.0
 PROC = Path("/proc")
 # A file's pages are not held: the kernel drops them when memory is needed, and a checkpoint that is read has many.
 HELD = ("RssAnon:", "RssShmem:")
@@ -64,8 +62,6 @@ class MemoryWatch:
 
     gpus: Sequence[Gpu]
     period_s: float = PERIOD_S
-    _leader: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
     _cards: list[_Card] = field(default_factory=list)
     _host: int = 0
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -89,13 +85,8 @@ class MemoryWatch:
 
     def follow(self, leader: int) -> None:
         """Samples from now on; `leader`: the process whose session the engine's processes are."""
-        self._leader = leader
-        self._thread = threading.Thread(target=self._run, name="memory", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(leader,), name="memory", daemon=True)
         self._thread.start()
-
-    def settle(self) -> None:
-        """The engine is warm: from now on it is looked at now and then, and whenever `peaks` are asked for."""
-        self.period_s = SETTLED_S
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -108,22 +99,20 @@ class MemoryWatch:
     @property
     def peaks(self) -> dict[str, Peak]:
         """Device -> the most so far; without what could not be asked. "cpu": the sum over the processes."""
-        if self._thread is not None and self._thread.is_alive():
-            self._sample()
         found = {card.device: card.peak for card in self._cards if card.peak.held > 0}
         return found | ({"cpu": Peak(self._host, "process")} if self._host else {})
 
-    def _run(self) -> None:
-        self._sample()
-        while not self._stop.wait(self.period_s):
-            self._sample()
+    def _run(self, leader: int) -> None:
+        def ours(pid: int) -> bool:
+            return _session(pid) == leader
 
-    def _sample(self) -> None:
-        with self._lock:
+        while True:
             for card in self._cards:
                 with suppress(self._library.NVMLError):  # this sample is lost, and the next one may come
-                    card.sample(self._library, lambda pid: _session(pid) == self._leader)
-            self._host = max(self._host, sum(map(_held, _members(self._leader))))
+                    card.sample(self._library, ours)
+            self._host = max(self._host, sum(map(_held, _members(leader))))
+            if self._stop.wait(self.period_s):
+                return
 
 
 def _closed(nvml_library: Any) -> None:

@@ -430,7 +430,6 @@ def open_session(
         with start_engine(planned, chosen, python, model.path, run.path / "engine.log") as (engine, watch):
             tokenizer = tokenizer or _tokenizer(planned, chosen, check)
             ready = engine.wait_ready()
-            watch.settle()
             loading.close()
             note(f"loaded in {ready.load_s:.1f} s; placement as planned, smoke pass finite, warmed up")
             yield Session(planned, chosen, model, engine, ready, tokenizer, watch)
