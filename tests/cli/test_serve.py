@@ -130,7 +130,7 @@ def test_the_deltas_of_a_stream_are_the_answer(server: Server) -> None:
     first, *middle, last, counts = server.stream(CHAT, messages=messages, stream_options={"include_usage": True})
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in middle) == ANSWER
-    assert len(middle) > 5
+    assert len(middle) > 1
     assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "stop")
     assert (counts["choices"], counts["usage"]["total_tokens"]) == ([], 20)
     chunks = [first, *middle, last, counts]
