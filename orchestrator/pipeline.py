@@ -6,7 +6,7 @@ import importlib
 import importlib.metadata
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,10 @@ from orchestrator.artifacts import Artifact, Built, Recipe, Store
 from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.adapter import Adapter
 from orchestrator.checkpoint.adapter import fingerprint as adapter_fingerprint
+from orchestrator.checkpoint.adapter_unmerged import lora_size, lora_targets
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.checkpoint.folder import Checkpoint, fingerprint
+from orchestrator.checkpoint.spec import ModelSpec, model_spec
 from orchestrator.config import DEFAULT_SHARD, Config, folder, parse_size
 from orchestrator.errors import StageError
 from orchestrator.hub.locate import Located
@@ -38,6 +40,7 @@ class Model:
     path: Path
     artifacts: tuple[Artifact, ...] = ()
     built: tuple[str, ...] = ()  # names of those that were built now
+    adapters: tuple[Path, ...] = ()  # folders of those that run on top of it
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Source:
     """What a request starts from: a base, and adapters with their weights.
 
     Attributes:
+        adapters: those that are merged.
+        unmerged: those that run on top of the base.
         name: of the base, for a person: its hub id, its folder.
         commit: of the base, where it is the hub's.
         places: where the adapters lie.
@@ -52,6 +57,7 @@ class Source:
 
     base: Checkpoint
     adapters: tuple[tuple[Adapter, float], ...] = ()
+    unmerged: tuple[tuple[Adapter, float], ...] = ()
     name: str = ""
     embedded: bool = False
     commit: str | None = None
@@ -72,7 +78,8 @@ class Source:
     @property
     def is_here(self) -> bool:
         """Whether all its files are on this machine; of what is on a hub only, there are no times and sizes yet."""
-        files = (self.base.path / "config.json", *self.base.files, *(f for a, _ in self.adapters for f in a.files))
+        adapters = (*self.adapters, *self.unmerged)
+        files = (self.base.path / "config.json", *self.base.files, *(f for a, _ in adapters for f in a.files))
         return all(file.is_file() for file in files)
 
     def identity(self) -> dict[str, Any]:
@@ -113,13 +120,18 @@ def _inputs(source: Source) -> dict[str, Any]:
 def prepare(config: Config, source: Source, chosen: Candidate, run: RunFolder) -> Model:
     """Runs the stages that a request needs and whose artifact is not there yet: the merge, then the engine's own.
 
+    Adapters that are not merged come last: what the base becomes does not depend on them.
+
     Raises:
         CheckpointError, StageError, DoesNotFitError, RequestError: see the stages and the store.
     """
-    model = merged(config, source, run)
-    for stage in BACKENDS[chosen.backend].stages:
+    model, backend = merged(config, source, run), BACKENDS[chosen.backend]
+    for stage in backend.stages:
         module, function = stage.split(":")
         model = getattr(importlib.import_module(module), function)(config, model, chosen, run)
+    if source.unmerged:
+        module, function = backend.unmerged.split(":")
+        model = getattr(importlib.import_module(module), function)(config, source, model, run)
     return model
 
 
@@ -181,7 +193,10 @@ def disk_needs(config: Config, source: Source, chosen: Candidate | None) -> tupl
     for stage in BACKENDS[chosen.backend].stages if chosen is not None else ():
         disk_part = importlib.import_module(stage.split(":")[0]).disk_part
         parts += disk_part(config, store, model, inputs, chosen)
-    needs = (store_need(store.root, parts),)
+    on_top: list[Part] = []
+    if source.unmerged and chosen is not None:
+        on_top = importlib.import_module(BACKENDS[chosen.backend].unmerged.split(":")[0]).disk_part(store, source)
+    needs = (store_need(store.root, [*parts, *on_top]),)
     if config.output.path is None or config.task.name not in ("plan", "convert"):
         return needs
     linked = is_written or len(parts) > 1
@@ -197,10 +212,21 @@ def loaded(config: Config, source: Source) -> Checkpoint:
 
 
 def tokenizer_folder(source: Source) -> Path:
-    """Where the merged model's tokenizer comes from: the base, or an adapter that came with its own."""
+    """Where the tokenizer comes from: the base, or an adapter that came with its own, merged or not."""
     from orchestrator.stages.merged import merged_tokenizer
 
-    return merged_tokenizer(source.base, source.adapters) if source.adapters else source.base.path
+    adapters = (*source.adapters, *source.unmerged)
+    return merged_tokenizer(source.base, adapters) if adapters else source.base.path
+
+
+def planned_spec(config: Config, source: Source) -> ModelSpec:
+    """What the plan is of: the model that will be loaded, and the adapters on top of it. Headers alone are read.
+
+    Raises:
+        CheckpointError: an unsupported architecture, or what cannot be merged, or run on top of the base.
+    """
+    loras = (lora_size(target) for adapter, _ in source.unmerged for target in lora_targets(adapter, source.base))
+    return replace(model_spec(loaded(config, source)), loras=tuple(loras))
 
 
 def _verify(config: Config, source: Source, store: Store, artifact: Artifact, run: RunFolder) -> None:
