@@ -19,8 +19,8 @@ def sort_factors(model: Any) -> None:
 
     with torch.inference_mode():  # in which they were made
         for module in model.modules:
-            down = getattr(module, "down_proj", None)
-            order = _order(down) if down is not None else None
+            down: Any = getattr(module, "down_proj", None)
+            order = None if down is None else _order(down)
             if order is None:
                 continue
             for linear in (module.gate_proj, module.up_proj):

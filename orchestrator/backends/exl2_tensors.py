@@ -11,7 +11,7 @@ _PARTS = ("linear", "embedding", "layernorm")  # attributes that hold a torch mo
 
 
 def bytes_per_tensor(model: Any, devices: list[str]) -> dict[str, dict[str, int]]:
-    """device -> {tensor name: bytes} of every weight of the model and its adapters; scratch buffers and the cache are none.
+    """device -> {tensor name: bytes} of every weight, those of adapters too; scratch buffers and the cache are none.
 
     Args:
         model: a loaded ExLlamaV2.

@@ -175,12 +175,14 @@ class ExLlamaV2Engine:
         from exllamav2 import ExLlamaV2Tokenizer
         from exllamav2.generator import ExLlamaV2DynamicGenerator
 
-        where = copy.copy(config)
-        where.model_dir = self._plan.tokenizer or config.model_dir
-        tokenizer = ExLlamaV2Tokenizer(where)
+        folder = self._plan.tokenizer or self._plan.model
+        if self._plan.tokenizer:  # it is read from the folder of a config
+            config = copy.copy(config)
+            config.model_dir = folder
+        tokenizer = ExLlamaV2Tokenizer(config)
         inner = tokenizer.tokenizer_model.hf_tokenizer
         self._decode = _remembering(lambda tokens: str(inner.decode(tokens, skip_special_tokens=True)))
-        self._ends = end_tokens(Path(self._plan.model), inner.token_to_id, Path(where.model_dir))
+        self._ends = end_tokens(Path(self._plan.model), inner.token_to_id, Path(folder))
         self._vocabulary = config.vocab_size
         at_once = 1 if self._unpaged else min(self._plan.max_in_flight, config.max_input_len // _QUERY)
         self._generator = ExLlamaV2DynamicGenerator(
