@@ -78,7 +78,8 @@ def none_unmerged(config: Config, spec: ModelSpec, hardware: Hardware) -> Orches
     refusals = (_refusal(backend, spec, hardware, None) for backend in able)
     found = None if config.model.merge else next((refusal for refusal in refusals if refusal is not None), None)
     if isinstance(found, EngineUnavailableError):
-        found.hint = f"Leave model.merge out to have the adapter merged. {found.hint}"
+        hint = f"Leave model.merge out to have the adapter merged. {found.hint}"
+        return EngineUnavailableError(f"model.merge=false: {found.message}", hint)
     return found
 
 

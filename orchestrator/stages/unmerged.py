@@ -27,7 +27,7 @@ from orchestrator.checkpoint.trust import shown
 from orchestrator.checkpoint.writer import PlannedTensor, Shard, ShardWriter, write_text
 from orchestrator.config import Config, folder
 from orchestrator.errors import CheckpointError, StageError
-from orchestrator.pipeline import Model, Source
+from orchestrator.pipeline import Model, Source, tokenizer_folder
 from orchestrator.plan.disk import Part
 from orchestrator.report.console import note, size
 from orchestrator.runfolder import RunFolder
@@ -53,6 +53,10 @@ def write_adapters(config: Config, source: Source, model: Model, run: RunFolder)
     """
     store = Store(folder(config.paths.artifacts))
     run.status("converting the adapter")
+    for line in (line for adapter, _ in source.unmerged for line in adapter.notes):
+        note(f"note: {line}")
+    if (own := tokenizer_folder(source)) != source.base.path:
+        note(f"note: the tokenizer is the adapter's: {own}")
     made = [_made(store, source, adapter, weight) for adapter, weight in source.unmerged]
     if config.convert.verify:
         for (artifact, _), (adapter, weight) in zip(made, source.unmerged, strict=True):
