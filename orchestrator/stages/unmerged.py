@@ -52,12 +52,11 @@ def write_adapters(config: Config, source: Source, model: Model, run: RunFolder)
         DoesNotFitError, RequestError, StageError: see the store.
     """
     store = Store(folder(config.paths.artifacts))
-    run.status("converting the adapter")
     for line in (line for adapter, _ in source.unmerged for line in adapter.notes):
         note(f"note: {line}")
     if (own := tokenizer_folder(source)) != source.base.path:
         note(f"note: the tokenizer is the adapter's: {own}")
-    made = [_made(store, source, adapter, weight) for adapter, weight in source.unmerged]
+    made = [_made(store, source, adapter, weight, run) for adapter, weight in source.unmerged]
     if config.convert.verify:
         for (artifact, _), (adapter, weight) in zip(made, source.unmerged, strict=True):
             _verify(store, artifact, source.base, adapter, weight)
@@ -86,8 +85,10 @@ def _recipe(base: Checkpoint, adapter: Adapter, weight: float) -> Recipe:
     return Recipe(STAGE, VERSION, {"weight": weight}, inputs, (str(base.path), str(adapter.path)))
 
 
-def _made(store: Store, source: Source, adapter: Adapter, weight: float) -> tuple[Artifact, bool]:
+def _made(store: Store, source: Source, adapter: Adapter, weight: float, run: RunFolder) -> tuple[Artifact, bool]:
     recipe, started = _recipe(source.base, adapter, weight), time.monotonic()
+    if store.find(recipe) is None:
+        run.status("converting the adapter")
     artifact, built = store.build(
         recipe,
         make=lambda out: write_adapter(source.base, adapter, weight, out),

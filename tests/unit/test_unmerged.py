@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from orchestrator.artifacts import Store
 from orchestrator.backends.exl2_adapters import sort_factors
+from orchestrator.backends.exl2_setup import RESERVE_FIRST, RESERVE_OTHERS
 from orchestrator.backends.exl2_tensors import bytes_per_tensor
 from orchestrator.backends.exllamav2 import ExLlamaV2Engine, end_tokens
 from orchestrator.backends.protocol import LoadPlan
@@ -293,6 +294,20 @@ def test_a_folder_for_each_adapter_made_once(tmp_path: Path, run: RunFolder) -> 
     assert len(write_adapters(config, on_top(base, two, weights=(0.25,)), Model(base), run).built) == 1
 
 
+def test_what_a_killed_one_left_is_gone_on_with(tmp_path: Path, run: RunFolder) -> None:
+    base, lora = write_model(tmp_path / "base"), checkpoints.write_adapter(tmp_path / "lora")
+    config = composed(f"paths.artifacts={tmp_path / 'store'}")
+    [whole] = write_adapters(config, on_top(base, lora), Model(base), run).adapters
+    wanted = {file.name: file.read_bytes() for file in whole.iterdir() if file.name in (CONFIG, WEIGHTS)}
+    partial = whole.rename(whole.with_name(f"{whole.name}.partial"))
+    (partial / "manifest.json").unlink()
+    (partial / f"{WEIGHTS}.part").write_bytes(wanted[WEIGHTS][:50])
+    again = write_adapters(config, on_top(base, lora), Model(base), run)
+    assert again.built == (whole.name,)
+    found = {file.name: file.read_bytes() for file in whole.iterdir() if file.name != "manifest.json"}
+    assert found == wanted
+
+
 def test_what_it_writes_is_known_before(tmp_path: Path, run: RunFolder) -> None:
     base, lora = write_model(tmp_path / "base"), checkpoints.write_adapter(tmp_path / "lora")
     config, source = composed(f"paths.artifacts={tmp_path / 'store'}"), on_top(base, lora)
@@ -544,6 +559,67 @@ def test_the_engine_loads_every_adapter_of_the_plan(monkeypatch: pytest.MonkeyPa
     assert none._adapters == []
     with pytest.raises(CheckpointError, match="cannot run the adapter /a on m: incompatible tensor shape"):
         fake_engine(monkeypatch, "/a", fails="incompatible tensor shape")._load_adapters()
+
+
+def whole_package(monkeypatch: pytest.MonkeyPatch, seen: dict[str, Any]) -> None:
+    """A package of ours in the place of exllamav2, which notes what it is given."""
+
+    class Any_(SimpleNamespace):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(given=given, **named)
+
+    class Model(Any_):
+        modules: tuple[Any, ...] = ()
+
+        def load_autosplit(self, cache: Any, reserve_vram: list[int], last_id_only: bool) -> None:
+            seen["reserve"] = reserve_vram
+
+    class Lora:
+        @staticmethod
+        def from_directory(model: Any, folder: str) -> str:
+            return folder
+
+    class Tokenizer:
+        def __init__(self, config: Any) -> None:
+            seen["tokenizer"] = config.model_dir
+            self.tokenizer_model = SimpleNamespace(
+                hf_tokenizer=SimpleNamespace(token_to_id={"<|im_end|>": 7}.get, decode=str)
+            )
+
+    class Generator(Any_):
+        def set_loras(self, loras: Any) -> None:
+            seen["loras"] = loras
+
+    package, generator = ModuleType("exllamav2"), ModuleType("exllamav2.generator")
+    vars(package).update(ExLlamaV2=Model, ExLlamaV2Cache=Any_, ExLlamaV2Lora=Lora, ExLlamaV2Tokenizer=Tokenizer)
+    vars(generator).update(ExLlamaV2DynamicGenerator=Generator)
+    monkeypatch.setitem(sys.modules, "exllamav2", package)
+    monkeypatch.setitem(sys.modules, "exllamav2.generator", generator)
+
+
+@pytest.mark.parametrize("with_adapters", [True, False])
+def test_what_the_engine_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, with_adapters: bool) -> None:
+    seen: dict[str, Any] = {}
+    whole_package(monkeypatch, seen)
+    own = tmp_path / "own"
+    own.mkdir()
+    write_json(own / "tokenizer_config.json", {"eos_token": "<|im_end|>"})
+    write_json(tmp_path / "config.json", {"eos_token_id": 2})
+    adapters: dict[str, Any] = {"adapters": ("/a", "/b"), "adapter_bytes": {"cuda:1": 1000}, "tokenizer": str(own)}
+    engine = ExLlamaV2Engine()
+    plan = LoadPlan(str(tmp_path), "exllamav2", "exl2", 4.0, "float16", 64, 2, {}, {})
+    engine._plan = replace(plan, **adapters) if with_adapters else plan
+    engine._devices = ["cuda:0", "cuda:1"]
+    config = SimpleNamespace(model_dir=str(tmp_path), max_seq_len=256, max_input_len=256, vocab_size=64)
+    engine._load_weights(config)
+    engine._load_adapters()
+    engine._start_generator(config)
+    more = 1000 if with_adapters else 0
+    assert seen["reserve"] == [RESERVE_FIRST, RESERVE_OTHERS + more]
+    assert seen.get("loras") == (["/a", "/b"] if with_adapters else None)
+    assert seen["tokenizer"] == str(own if with_adapters else tmp_path)
+    assert engine._ends == ({2, 7} if with_adapters else {2})
+    assert config.model_dir == str(tmp_path)
 
 
 def test_scores_are_with_the_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
