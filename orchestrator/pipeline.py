@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,15 @@ class Model:
     artifacts: tuple[Artifact, ...] = ()
     built: tuple[str, ...] = ()  # names of those that were built now
     adapters: tuple[Path, ...] = ()  # folders of those that run on top of it
+
+    def with_adapters(self, made: Sequence[tuple[Artifact, bool]]) -> Model:
+        """The model with adapters on top of it, each with whether it was made now."""
+        return Model(
+            self.path,
+            (*self.artifacts, *(artifact for artifact, _ in made)),
+            (*self.built, *(artifact.name for artifact, now in made if now)),
+            tuple(artifact.path for artifact, _ in made),
+        )
 
 
 @dataclass(frozen=True)
@@ -120,19 +130,22 @@ def _inputs(source: Source) -> dict[str, Any]:
 def prepare(config: Config, source: Source, chosen: Candidate, run: RunFolder) -> Model:
     """Runs the stages that a request needs and whose artifact is not there yet: the merge, then the engine's own.
 
-    Adapters that are not merged come last: what the base becomes does not depend on them.
+    Adapters that are not merged come first: it takes seconds, and what is wrong with one is said before the base is
+    quantized. What that becomes does not depend on them.
 
     Raises:
         CheckpointError, StageError, DoesNotFitError, RequestError: see the stages and the store.
     """
-    model, backend = merged(config, source, run), BACKENDS[chosen.backend]
+    backend = BACKENDS[chosen.backend]
+    on_top: list[tuple[Artifact, bool]] = []
+    if source.unmerged:
+        module, function = backend.unmerged.split(":")
+        on_top = getattr(importlib.import_module(module), function)(config, source, run)
+    model = merged(config, source, run)
     for stage in backend.stages:
         module, function = stage.split(":")
         model = getattr(importlib.import_module(module), function)(config, model, chosen, run)
-    if source.unmerged:
-        module, function = backend.unmerged.split(":")
-        model = getattr(importlib.import_module(module), function)(config, source, model, run)
-    return model
+    return model.with_adapters(on_top)
 
 
 def is_built(config: Config, source: Source, chosen: Candidate) -> bool:

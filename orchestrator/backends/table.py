@@ -214,7 +214,7 @@ BACKENDS: dict[str, Backend] = {
             dtypes=("float16",),
             on_request=frozenset({"none"}),
             loads={"exl2": Loads(), "gptq": Loads((4,))},
-            unmerged="orchestrator.stages.unmerged:write_adapters",
+            unmerged="orchestrator.stages.exl2_adapters:write_adapters",
         ),
     )
 }

@@ -23,7 +23,7 @@ from orchestrator.artifacts import Built, Recipe, Store
 from orchestrator.checkpoint.adapter import open_adapter
 from orchestrator.checkpoint.digest import digest
 from orchestrator.checkpoint.folder import fingerprint, open_checkpoint
-from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError, StageError
+from orchestrator.errors import CheckpointError, ConfigError, DoesNotFitError, EngineUnavailableError, StageError
 from orchestrator.pipeline import Model, Source, disk_needs, prepare
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages import converter, exl2
@@ -83,6 +83,14 @@ def test_many_adapters_share_one_quantized_base(bench: Bench) -> None:
         assert stages == [["measurement", "exl2", "adapter"], ["adapter"]][number]
         assert model.path.name.startswith("exl2-")
         assert [path.name for path in model.adapters] == [model.artifacts[-1].name]
+
+
+def test_a_bad_adapter_is_refused_before_the_base_is_quantized(bench: Bench) -> None:
+    lora = write_adapter(bench.folder / "lora", SHAPE)
+    source = Source(open_checkpoint(bench.source), unmerged=((open_adapter(lora), 1e9),))
+    with pytest.raises(CheckpointError, match="does not fit into float16"):
+        prepare(bench.config("model.merge=false"), source, bench.chosen(4.0), bench.run)
+    assert not list((bench.folder / "store").glob("*-*"))
 
 
 def test_what_it_writes_is_known_before_and_nothing_once_it_is_there(bench: Bench) -> None:

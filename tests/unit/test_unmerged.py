@@ -31,6 +31,7 @@ from orchestrator.checkpoint.adapter_unmerged import lora_targets
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.roles import SpecLora
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
+from orchestrator.config import Config
 from orchestrator.engine.wire import Load, decode, encode
 from orchestrator.errors import CheckpointError, ConfigError, EngineUnavailableError, StageError
 from orchestrator.hardware import GIB, Gpu, Hardware
@@ -39,8 +40,8 @@ from orchestrator.plan.exllamav2 import estimate
 from orchestrator.plan.planner import make_plan
 from orchestrator.plan.types import Ask, Candidate
 from orchestrator.runfolder import RunFolder
+from orchestrator.stages.exl2_adapters import CONFIG, WEIGHTS, write_adapter, write_adapters
 from orchestrator.stages.merge import merge
-from orchestrator.stages.unmerged import CONFIG, WEIGHTS, write_adapter, write_adapters
 from orchestrator.tasks.session import load_plan, look
 from tests import checkpoints
 from tests.checkpoints import Q_PROJ, adapter_tensors, write_json, write_model
@@ -272,37 +273,41 @@ def on_top(base: Path, *loras: Path, weights: tuple[float, ...] = ()) -> Source:
     return Source(open_checkpoint(base), unmerged=tuple(opened))
 
 
+def made(config: Config, source: Source, run: RunFolder) -> Model:
+    return Model(source.base.path).with_adapters(write_adapters(config, source, run))
+
+
 def test_a_folder_for_each_adapter_made_once(tmp_path: Path, run: RunFolder) -> None:
     base = write_model(tmp_path / "base")
     one = checkpoints.write_adapter(tmp_path / "one")
     two = checkpoints.write_adapter(tmp_path / "two", adapter_tensors([Q_PROJ], seed=3))
     config = composed(f"paths.artifacts={tmp_path / 'store'}", "convert.verify=true")
-    first = write_adapters(config, on_top(base, one, two, weights=(1.0, 0.5)), Model(base), run)
+    first = made(config, on_top(base, one, two, weights=(1.0, 0.5)), run)
     assert len(first.adapters) == len(first.built) == 2
     assert first.path == base
     assert [path.name.partition("-")[0] for path in first.adapters] == ["adapter", "adapter"]
-    again = write_adapters(config, on_top(base, one, two, weights=(1.0, 0.5)), Model(base), run)
+    again = made(config, on_top(base, one, two, weights=(1.0, 0.5)), run)
     assert (again.built, again.adapters) == ((), first.adapters)
-    alone = write_adapters(config, on_top(base, two, weights=(0.5,)), Model(base), run)
+    alone = made(config, on_top(base, two, weights=(0.5,)), run)
     assert (alone.built, alone.adapters) == ((), first.adapters[1:])
-    other = write_adapters(config, on_top(base, two, weights=(0.25,)), Model(base), run)
+    other = made(config, on_top(base, two, weights=(0.25,)), run)
     assert len(other.built) == 1
     assert {a.name for a in Store(tmp_path / "store").finished()} == {
         a.name for a in (*first.artifacts, *other.artifacts)
     }
     checkpoints.write_adapter(two, adapter_tensors([Q_PROJ], seed=4))
-    assert len(write_adapters(config, on_top(base, two, weights=(0.25,)), Model(base), run).built) == 1
+    assert len(made(config, on_top(base, two, weights=(0.25,)), run).built) == 1
 
 
 def test_what_a_killed_one_left_is_gone_on_with(tmp_path: Path, run: RunFolder) -> None:
     base, lora = write_model(tmp_path / "base"), checkpoints.write_adapter(tmp_path / "lora")
     config = composed(f"paths.artifacts={tmp_path / 'store'}")
-    [whole] = write_adapters(config, on_top(base, lora), Model(base), run).adapters
+    [whole] = made(config, on_top(base, lora), run).adapters
     wanted = {file.name: file.read_bytes() for file in whole.iterdir() if file.name in (CONFIG, WEIGHTS)}
     partial = whole.rename(whole.with_name(f"{whole.name}.partial"))
     (partial / "manifest.json").unlink()
     (partial / f"{WEIGHTS}.part").write_bytes(wanted[WEIGHTS][:50])
-    again = write_adapters(config, on_top(base, lora), Model(base), run)
+    again = made(config, on_top(base, lora), run)
     assert again.built == (whole.name,)
     found = {file.name: file.read_bytes() for file in whole.iterdir() if file.name != "manifest.json"}
     assert found == wanted
@@ -313,7 +318,7 @@ def test_what_it_writes_is_known_before(tmp_path: Path, run: RunFolder) -> None:
     config, source = composed(f"paths.artifacts={tmp_path / 'store'}"), on_top(base, lora)
     chosen: Any = SimpleNamespace(backend="exllamav2", method="none", bits=16.0)
     [before] = disk_needs(config, source, chosen)
-    model = write_adapters(config, source, Model(base), run)
+    model = made(config, source, run)
     assert before.bytes == before.parts[-1].size == (model.adapters[0] / WEIGHTS).stat().st_size
     assert "for an adapter" in str(before)
     [after] = disk_needs(config, source, chosen)
@@ -323,12 +328,12 @@ def test_what_it_writes_is_known_before(tmp_path: Path, run: RunFolder) -> None:
 def test_a_damaged_folder_is_found_by_verify(tmp_path: Path, run: RunFolder) -> None:
     base, lora = write_model(tmp_path / "base"), checkpoints.write_adapter(tmp_path / "lora")
     config = composed(f"paths.artifacts={tmp_path / 'store'}", "convert.verify=true")
-    file = write_adapters(config, on_top(base, lora), Model(base), run).adapters[0] / WEIGHTS
+    file = made(config, on_top(base, lora), run).adapters[0] / WEIGHTS
     was, data = file.stat(), file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
     with pytest.raises(StageError, match=r"another digest.*lora_B\.weight is not what its sources give"):
-        write_adapters(config, on_top(base, lora), Model(base), run)
+        made(config, on_top(base, lora), run)
 
 
 # --- the plan

@@ -27,7 +27,7 @@ from orchestrator.checkpoint.trust import shown
 from orchestrator.checkpoint.writer import PlannedTensor, Shard, ShardWriter, write_text
 from orchestrator.config import Config, folder
 from orchestrator.errors import CheckpointError, StageError
-from orchestrator.pipeline import Model, Source, tokenizer_folder
+from orchestrator.pipeline import Source, tokenizer_folder
 from orchestrator.plan.disk import Part
 from orchestrator.report.console import note, size
 from orchestrator.runfolder import RunFolder
@@ -44,8 +44,8 @@ _DTYPE = "F16"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
-def write_adapters(config: Config, source: Source, model: Model, run: RunFolder) -> Model:
-    """The stage: `model` with a folder for each adapter of `source.unmerged`, in their order.
+def write_adapters(config: Config, source: Source, run: RunFolder) -> list[tuple[Artifact, bool]]:
+    """The stage: a folder for each adapter of `source.unmerged`, in their order, and whether it was made now.
 
     Raises:
         CheckpointError: an adapter that cannot run on top of its base, or values that half precision cannot hold.
@@ -56,18 +56,12 @@ def write_adapters(config: Config, source: Source, model: Model, run: RunFolder)
         note(f"note: {line}")
     if (own := tokenizer_folder(source)) != source.base.path:
         note(f"note: the tokenizer is the adapter's: {own}")
-    made = [_made(store, source, adapter, weight, run) for adapter, weight in source.unmerged]
-    if config.convert.verify:
-        for (artifact, _), (adapter, weight) in zip(made, source.unmerged, strict=True):
-            _verify(store, artifact, source.base, adapter, weight)
-    artifacts = tuple(artifact for artifact, _ in made)
-    built = tuple(artifact.name for artifact, now in made if now)
-    return Model(
-        model.path,
-        (*model.artifacts, *artifacts),
-        (*model.built, *built),
-        tuple(artifact.path for artifact in artifacts),
-    )
+    made = []
+    for adapter, weight in source.unmerged:
+        made.append(_made(store, source, adapter, weight, run))
+        if config.convert.verify:
+            _verify(store, made[-1][0], source.base, adapter, weight)
+    return made
 
 
 def disk_part(store: Store, source: Source) -> list[Part]:
