@@ -15,6 +15,7 @@ import pytest
 import small_models
 import torch
 from composing import composed
+from exl2_models import write_exl2
 from safetensors.torch import load_file
 from small_models import LLAMA_70B, Llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -244,6 +245,11 @@ def test_a_lora_elsewhere_than_in_the_layers_is_refused(tmp_path: Path) -> None:
     lora = checkpoints.write_adapter(tmp_path / "lora", tensors)
     said = "it changes lm_head.weight, which is no linear of attention or MLP"
     refused(write_model(tmp_path / "base"), lora, tmp_path / "out", said)
+
+
+def test_a_base_that_is_quantized_already_is_refused(tmp_path: Path) -> None:
+    base, lora = write_exl2(tmp_path / "base", Llama()), small_models.write_adapter(tmp_path / "lora", Llama())
+    refused(base, lora, tmp_path / "out", "is quantized", hint="Give the original 16-bit model as model.path")
 
 
 @pytest.mark.parametrize("kind", ["IA3", "LOHA", "PREFIX_TUNING"])
