@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from orchestrator.backends.table import BACKENDS, METHODS, backends_with_key
+from orchestrator.backends.table import BACKENDS, METHODS, backends_with_adapters, backends_with_key
 from orchestrator.errors import ConfigError
 
 MEMORY_GIB = (0.1, 4096.0)  # that a GPU, or a host, can be capped to
@@ -47,7 +47,7 @@ class ModelConfig:
     revision: str | None = None  # of a hub id: a branch, tag or commit; unset: main
     adapter: str | None = None  # short for adapters=[{path: ...}]
     adapters: list[AdapterConfig] = field(default_factory=list)
-    merge: bool = True
+    merge: bool = True  # false: adapters run on top of the base, where the engine can; the base alone is quantized
     max_context: int | None = None  # tokens of one sequence; unset: what fits, up to 4096 or the model's
     dtype: str = "auto"  # of what is not quantized, and of the arithmetic
     chat_template: str | None = None  # a Jinja file; unset: the model's
@@ -386,8 +386,6 @@ def _check_model(config: Config) -> Iterator[str]:
     for adapter in config.model.adapters:
         if not math.isfinite(adapter.weight) or adapter.weight == 0:
             yield f"the weight {adapter.weight:g} of the adapter {adapter.path} is not a number other than 0"
-    if not config.model.merge:
-        yield "model.merge=false (an adapter on top of its base) is not run by any backend of this version"
     if config.merge.double and config.merge.base != "nf4":
         yield "merge.double belongs to merge.base=nf4"
     if config.merge.base == "nf4" and config.model.path is not None and not config.model.adapters:
@@ -397,6 +395,28 @@ def _check_model(config: Config) -> Iterator[str]:
     for revision in (config.model.revision, *(adapter.revision for adapter in config.model.adapters)):
         if revision is not None and not _is_revision(revision):
             yield f"model.revision={revision!r} is not the name of a branch, tag or commit"
+
+
+def _check_unmerged(config: Config) -> Iterator[str]:
+    """Of model.merge=false: who runs it, and what goes with it."""
+    if config.model.merge:
+        return
+    name, merged = config.backend.name, "leave model.merge out to have it merged"
+    if name in BACKENDS and not BACKENDS[name].unmerged:
+        able = " or ".join(backends_with_adapters())
+        yield (
+            f"model.merge=false (an adapter on top of its base) is not run by backend={name}: type backend={able}, or "
+            f"{merged}"
+        )
+    if config.model.path is not None and not config.model.adapters:
+        yield "model.merge=false runs an adapter on top of model.path, and there is none: type model.adapter=PATH"
+    if config.merge.base != "original":
+        yield f"merge.base={config.merge.base} is for an adapter that is merged, and model.merge=false merges none"
+    if config.task.name == "convert":
+        yield (
+            "task=convert writes one model, and model.merge=false keeps base and adapter apart: leave out both "
+            f"model.adapter and model.merge to convert the base, or {merged}"
+        )
 
 
 def _is_revision(text: str) -> bool:
@@ -434,6 +454,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     _check_hardware,
     _check_memory,
     _check_model,
+    _check_unmerged,
     _check_prompts,
     _check_offload,
     _check_server,

@@ -6,7 +6,8 @@ import importlib
 import importlib.metadata
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ from orchestrator.artifacts import Artifact, Built, Recipe, Store
 from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.adapter import Adapter
 from orchestrator.checkpoint.adapter import fingerprint as adapter_fingerprint
+from orchestrator.checkpoint.adapter_unmerged import lora_size, lora_targets
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.checkpoint.folder import Checkpoint, fingerprint
+from orchestrator.checkpoint.spec import ModelSpec, model_spec
 from orchestrator.config import DEFAULT_SHARD, Config, folder, parse_size
 from orchestrator.errors import StageError
 from orchestrator.hub.locate import Located
@@ -38,6 +41,16 @@ class Model:
     path: Path
     artifacts: tuple[Artifact, ...] = ()
     built: tuple[str, ...] = ()  # names of those that were built now
+    adapters: tuple[Path, ...] = ()  # folders of those that run on top of it
+
+    def with_adapters(self, made: Sequence[tuple[Artifact, bool]]) -> Model:
+        """The model with adapters on top of it, each with whether it was made now."""
+        return Model(
+            self.path,
+            (*self.artifacts, *(artifact for artifact, _ in made)),
+            (*self.built, *(artifact.name for artifact, now in made if now)),
+            tuple(artifact.path for artifact, _ in made),
+        )
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,8 @@ class Source:
     """What a request starts from: a base, and adapters with their weights.
 
     Attributes:
+        adapters: those that are merged.
+        unmerged: those that run on top of the base.
         name: of the base, for a person: its hub id, its folder.
         commit: of the base, where it is the hub's.
         places: where the adapters lie.
@@ -52,6 +67,7 @@ class Source:
 
     base: Checkpoint
     adapters: tuple[tuple[Adapter, float], ...] = ()
+    unmerged: tuple[tuple[Adapter, float], ...] = ()
     name: str = ""
     embedded: bool = False
     commit: str | None = None
@@ -72,7 +88,8 @@ class Source:
     @property
     def is_here(self) -> bool:
         """Whether all its files are on this machine; of what is on a hub only, there are no times and sizes yet."""
-        files = (self.base.path / "config.json", *self.base.files, *(f for a, _ in self.adapters for f in a.files))
+        adapters = (*self.adapters, *self.unmerged)
+        files = (self.base.path / "config.json", *self.base.files, *(f for a, _ in adapters for f in a.files))
         return all(file.is_file() for file in files)
 
     def identity(self) -> dict[str, Any]:
@@ -113,14 +130,22 @@ def _inputs(source: Source) -> dict[str, Any]:
 def prepare(config: Config, source: Source, chosen: Candidate, run: RunFolder) -> Model:
     """Runs the stages that a request needs and whose artifact is not there yet: the merge, then the engine's own.
 
+    Adapters that are not merged come first: it takes seconds, and what is wrong with one is said before the base is
+    quantized. What that becomes does not depend on them.
+
     Raises:
         CheckpointError, StageError, DoesNotFitError, RequestError: see the stages and the store.
     """
+    backend = BACKENDS[chosen.backend]
+    on_top: list[tuple[Artifact, bool]] = []
+    if source.unmerged:
+        module, function = backend.unmerged.split(":")
+        on_top = getattr(importlib.import_module(module), function)(config, source, run)
     model = merged(config, source, run)
-    for stage in BACKENDS[chosen.backend].stages:
+    for stage in backend.stages:
         module, function = stage.split(":")
         model = getattr(importlib.import_module(module), function)(config, model, chosen, run)
-    return model
+    return model.with_adapters(on_top)
 
 
 def is_built(config: Config, source: Source, chosen: Candidate) -> bool:
@@ -181,7 +206,10 @@ def disk_needs(config: Config, source: Source, chosen: Candidate | None) -> tupl
     for stage in BACKENDS[chosen.backend].stages if chosen is not None else ():
         disk_part = importlib.import_module(stage.split(":")[0]).disk_part
         parts += disk_part(config, store, model, inputs, chosen)
-    needs = (store_need(store.root, parts),)
+    on_top: list[Part] = []
+    if source.unmerged and chosen is not None:
+        on_top = importlib.import_module(BACKENDS[chosen.backend].unmerged.split(":")[0]).disk_part(store, source)
+    needs = (store_need(store.root, [*parts, *on_top]),)
     if config.output.path is None or config.task.name not in ("plan", "convert"):
         return needs
     linked = is_written or len(parts) > 1
@@ -197,10 +225,21 @@ def loaded(config: Config, source: Source) -> Checkpoint:
 
 
 def tokenizer_folder(source: Source) -> Path:
-    """Where the merged model's tokenizer comes from: the base, or an adapter that came with its own."""
+    """Where the tokenizer comes from: the base, or an adapter that came with its own, merged or not."""
     from orchestrator.stages.merged import merged_tokenizer
 
-    return merged_tokenizer(source.base, source.adapters) if source.adapters else source.base.path
+    adapters = (*source.adapters, *source.unmerged)
+    return merged_tokenizer(source.base, adapters) if adapters else source.base.path
+
+
+def planned_spec(config: Config, source: Source) -> ModelSpec:
+    """What the plan is of: the model that will be loaded, and the adapters on top of it. Headers alone are read.
+
+    Raises:
+        CheckpointError: an unsupported architecture, or what cannot be merged, or run on top of the base.
+    """
+    loras = (lora_size(target) for adapter, _ in source.unmerged for target in lora_targets(adapter, source.base))
+    return replace(model_spec(loaded(config, source)), loras=tuple(loras))
 
 
 def _verify(config: Config, source: Source, store: Store, artifact: Artifact, run: RunFolder) -> None:

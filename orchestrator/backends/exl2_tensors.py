@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 _OWN = ("weight", "bias", "q4_weight", "q4_scales", "fp16_bias")  # attributes that hold a tensor
+_ADAPTERS = ("lora_a_tensors", "lora_b_tensors")  # attributes that hold one for each adapter
 _PARTS = ("linear", "embedding", "layernorm")  # attributes that hold a torch module with a weight and a bias
 
 
 def bytes_per_tensor(model: Any, devices: list[str]) -> dict[str, dict[str, int]]:
-    """device -> {tensor name: bytes} of every weight of the model; scratch buffers and the cache are no weights.
+    """device -> {tensor name: bytes} of every weight, those of adapters too; scratch buffers and the cache are none.
 
     Args:
         model: a loaded ExLlamaV2.
@@ -41,6 +42,9 @@ def _tensors(part: Any) -> Iterator[tuple[str, Any]]:
         tensor = getattr(part, name, None)
         if isinstance(tensor, torch.Tensor):
             yield name, tensor
+    for attribute in _ADAPTERS:
+        factors = getattr(part, attribute, {}).values()
+        yield from ((f"{attribute}.{number}", tensor) for number, tensor in enumerate(factors))
     for attribute in _PARTS:
         inner = getattr(part, attribute, None)
         if isinstance(inner, torch.nn.Module):

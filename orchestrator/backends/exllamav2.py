@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.backends.exl2_adapters import sort_factors
 from orchestrator.backends.exl2_setup import (
     MAX_INPUT,
     RESERVE_FIRST,
@@ -58,6 +60,7 @@ class ExLlamaV2Engine:
         self._model: Any = None
         self._cache: Any = None
         self._generator: Any = None
+        self._adapters: list[Any] = []
         self._decode: Callable[[list[int]], str]
         self._devices: list[str] = []
         self._unpaged = ""  # why the cache is not paged; "" where it is
@@ -72,7 +75,8 @@ class ExLlamaV2Engine:
 
         Raises:
             EngineError: the method is not ours, or CUDA does not show the GPUs of the plan.
-            CheckpointError: an architecture that exllamav2 would take for a Llama, or files that it cannot read.
+            CheckpointError: an architecture that exllamav2 would take for a Llama, or files that it cannot read; an
+                adapter that it cannot run.
             DoesNotFitError: the GPUs are full before the model is loaded.
         """
         if plan.method not in ("exl2", "gptq", "none") or plan.cache_bits not in _CACHES:
@@ -94,6 +98,7 @@ class ExLlamaV2Engine:
         config = self._config()
         try:
             self._load_weights(config)
+            self._load_adapters()
         except Exception as error:
             if not _is_full(error):
                 raise
@@ -146,18 +151,40 @@ class ExLlamaV2Engine:
             self._cache = make_cache(self._model, max_seq_len=tokens)
         else:
             reserve = [RESERVE_FIRST] + [RESERVE_OTHERS] * (len(self._devices) - 1)
+            # What comes after it, beside the layers that it is for; the split itself does not know of adapters.
+            reserve = [kept + plan.adapter_bytes.get(d, 0) for kept, d in zip(reserve, self._devices, strict=True)]
             self._cache = make_cache(self._model, max_seq_len=tokens, lazy=True)
             # last_id_only: no logits of 2048 positions while it loads; score asks for few at a time.
             self._model.load_autosplit(self._cache, reserve_vram=reserve, last_id_only=True)
+
+    def _load_adapters(self) -> None:
+        """Those of the plan, each linear's factors to where the linear is."""
+        if not self._plan.adapters:
+            return
+        from exllamav2 import ExLlamaV2Lora
+
+        for folder in self._plan.adapters:
+            try:
+                self._adapters.append(ExLlamaV2Lora.from_directory(self._model, folder))
+            except (AssertionError, ValueError, KeyError) as error:
+                raise CheckpointError(
+                    f"exllamav2 cannot run the adapter {folder} on {self._plan.model}: {_first_line(error)}",
+                    "Set model.merge=true",
+                ) from error
+        sort_factors(self._model)
 
     def _start_generator(self, config: Any) -> None:
         from exllamav2 import ExLlamaV2Tokenizer
         from exllamav2.generator import ExLlamaV2DynamicGenerator
 
+        folder = self._plan.tokenizer or self._plan.model
+        if self._plan.tokenizer:  # it is read from the folder of a config
+            config = copy.copy(config)
+            config.model_dir = folder
         tokenizer = ExLlamaV2Tokenizer(config)
         inner = tokenizer.tokenizer_model.hf_tokenizer
         self._decode = _remembering(lambda tokens: str(inner.decode(tokens, skip_special_tokens=True)))
-        self._ends = end_tokens(Path(self._plan.model), inner.token_to_id)
+        self._ends = end_tokens(Path(self._plan.model), inner.token_to_id, Path(folder))
         self._vocabulary = config.vocab_size
         at_once = 1 if self._unpaged else min(self._plan.max_in_flight, config.max_input_len // _QUERY)
         self._generator = ExLlamaV2DynamicGenerator(
@@ -169,9 +196,11 @@ class ExLlamaV2Engine:
             max_q_size=_QUERY,
             paged=not self._unpaged,
         )
+        if self._adapters:  # an empty list would be taken for adapters
+            self._generator.set_loras(self._adapters)
 
     def placement(self) -> dict[str, dict[str, int]]:
-        """device -> {tensor name: bytes}; the embedding is on "cpu", as exllamav2 keeps it."""
+        """device -> {tensor name: bytes}, adapters included; the embedding is on "cpu", as exllamav2 keeps it."""
         return bytes_per_tensor(self._model, self._devices)
 
     def versions(self) -> dict[str, str]:
@@ -293,7 +322,8 @@ class ExLlamaV2Engine:
             self._cache.current_seq_len = 0
             for start in range(0, len(tokens) - 1, SCORE_CHUNK):
                 end = min(start + SCORE_CHUNK, len(tokens) - 1)
-                logits = self._model.forward(given[:, start:end], cache=self._cache)[0, :, : self._vocabulary]
+                part, adapters = given[:, start:end], self._adapters or None
+                logits = self._model.forward(part, cache=self._cache, loras=adapters)[0, :, : self._vocabulary]
                 targets = given[0, start + 1 : end + 1].to(logits.device)
                 for at in range(0, end - start, SCORE_ROWS):
                     self._score_rows(logits[at : at + SCORE_ROWS], targets[at : at + SCORE_ROWS], top_k, score)
@@ -320,6 +350,7 @@ class ExLlamaV2Engine:
         self._jobs.clear()
         self._generator = None
         self._cache = None
+        self._adapters = []
         if self._model is not None:
             self._model.unload()
             self._model = None
@@ -372,15 +403,18 @@ def _tokens(part: dict[str, Any]) -> list[int]:
     return list(row)
 
 
-def end_tokens(folder: Path, token_id: Callable[[str], int | None]) -> frozenset[int]:
+def end_tokens(folder: Path, token_id: Callable[[str], int | None], tokenizer: Path | None = None) -> frozenset[int]:
     """The tokens that end an answer: generation_config.json's (else config.json's), and the tokenizer's own.
 
     Not exllamav2's eos_token_id: it keeps the first of several, and takes 2 where there is none.
+
+    Args:
+        tokenizer: the folder of another tokenizer than the model's.
     """
     configs = [_read(folder / name) for name in ("generation_config.json", "config.json")]
     said = next((c["eos_token_id"] for c in configs if c.get("eos_token_id") is not None), None)
     ends = {end for end in (said if isinstance(said, list) else [said]) if isinstance(end, int)}
-    text = _read(folder / "tokenizer_config.json").get("eos_token")
+    text = _read((tokenizer or folder) / "tokenizer_config.json").get("eos_token")
     text = text.get("content") if isinstance(text, dict) else text
     own = token_id(text) if isinstance(text, str) else None
     return frozenset(ends if own is None else ends | {own})

@@ -41,6 +41,12 @@ COUNTED: dict[str, frozenset[str]] = {
 }
 """Backend -> architectures whose memory its model counts; one that is not here: `FIRST`."""
 
+UNMERGED: dict[str, frozenset[str]] = {
+    # Not Gemma2: it adds what an adapter says behind the norm that follows a linear there, and refuses the rest.
+    "exllamav2": _causal("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"),
+}
+"""Backend -> architectures on which it runs an adapter that is not merged; one that is not here: `FIRST`."""
+
 TRIED: dict[str, frozenset[str]] = {
     "transformers": _TRANSFORMERS,
     "bitsandbytes": _TRANSFORMERS,
@@ -58,3 +64,8 @@ def counted(backend: str) -> frozenset[str]:
 def tried(backend: str) -> frozenset[str]:
     """Architectures with which this backend was run."""
     return TRIED.get(backend, FIRST)
+
+
+def unmerged(backend: str) -> frozenset[str]:
+    """Architectures on which this backend runs an adapter that is not merged."""
+    return UNMERGED.get(backend, FIRST)

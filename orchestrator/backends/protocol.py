@@ -34,6 +34,9 @@ class LoadPlan:
     offload_folder: str = ""  # what device_map has on "disk" may be written under it
     trust_remote_code: bool = False
     engine_args: dict[str, Any] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()  # folders of adapters in the engine's own form, all of them on top of the model
+    adapter_bytes: dict[str, int] = field(default_factory=dict)  # GPU -> bytes of them there; part of `weights`
+    tokenizer: str = ""  # a folder whose tokenizer takes the place of the model's (an adapter's own)
 
 
 @dataclass(frozen=True)

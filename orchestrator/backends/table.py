@@ -101,6 +101,8 @@ class Backend:
         loads: quant_method of a checkpoint that is quantized already -> what of it is loaded as it is.
         elsewhere: methods whose checkpoints nothing here makes: their plans say what they need.
         half: methods whose arithmetic has 16 bits on every device.
+        unmerged: "module:function" of the stage that writes adapters as it runs them on top of a base
+            (model.merge=false; see pipeline), whose module has a `disk_part` too; empty: it runs none.
     """
 
     name: str
@@ -120,6 +122,7 @@ class Backend:
     loads: dict[str, Loads] = field(default_factory=dict)
     elsewhere: frozenset[str] = frozenset()
     half: frozenset[str] = frozenset()
+    unmerged: str = ""
 
     @property
     def known_methods(self) -> tuple[str, ...]:
@@ -211,6 +214,7 @@ BACKENDS: dict[str, Backend] = {
             dtypes=("float16",),
             on_request=frozenset({"none"}),
             loads={"exl2": Loads(), "gptq": Loads((4,))},
+            unmerged="orchestrator.stages.exl2_adapters:write_adapters",
         ),
     )
 }
@@ -219,3 +223,8 @@ BACKENDS: dict[str, Backend] = {
 def backends_with_key(key: str) -> list[str]:
     """Names of the backends that understand an engine-specific key of the configuration."""
     return [backend.name for backend in BACKENDS.values() if key in backend.keys]
+
+
+def backends_with_adapters() -> list[str]:
+    """Names of the backends that run an adapter on top of its base."""
+    return [backend.name for backend in BACKENDS.values() if backend.unmerged]

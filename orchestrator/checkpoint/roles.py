@@ -32,6 +32,25 @@ class SpecTensor:
         return next((part for kind in kinds for part in self.parts if part.name == module + kind), None)
 
 
+@dataclass(frozen=True)
+class SpecLora:
+    """The two factors that an adapter adds to one linear where it is not merged: (rank, inputs) and (outputs, rank).
+
+    `module` is the linear's, as the base names it.
+    """
+
+    module: str
+    layer: int
+    rank: int
+    inputs: int
+    outputs: int
+
+    @property
+    def elements(self) -> int:
+        """Of both factors."""
+        return self.rank * (self.inputs + self.outputs)
+
+
 def layer_pattern(row: Architecture) -> re.Pattern[str]:
     """Of a layer's tensors: the layer's number, the name within it."""
     before, after = row.layer.split("{}")

@@ -29,7 +29,8 @@ from orchestrator.checkpoint.dimensions import (
 from orchestrator.checkpoint.folder import Checkpoint
 from orchestrator.checkpoint.measure import contradictions, measured
 from orchestrator.checkpoint.packed import PADDED, joined, unpacked_shapes
-from orchestrator.checkpoint.roles import SpecTensor as SpecTensor  # for those who have the spec
+from orchestrator.checkpoint.roles import SpecLora as SpecLora  # for those who have the spec
+from orchestrator.checkpoint.roles import SpecTensor as SpecTensor
 from orchestrator.checkpoint.roles import layer_pattern, spec_tensors
 from orchestrator.checkpoint.tensors import PLAIN_FLOATS, TensorInfo
 from orchestrator.checkpoint.trust import shown
@@ -54,6 +55,7 @@ class ModelSpec:
         layer_caches: what each layer keeps for every token.
         rotary_bytes: of the rotary frequencies that transformers keeps beside the weights, float32 whatever the dtype.
         scaled_embedding: it also keeps one factor for the embedding, in the dtype.
+        loras: what adapters that are not merged add beside `tensors`.
         experts: in each layer that has some; 0: none. experts_per_token: how many of them a token passes through.
     """
 
@@ -79,6 +81,7 @@ class ModelSpec:
     experts: int = 0
     experts_per_token: int = 0
     expert_intermediate: int = 0
+    loras: tuple[SpecLora, ...] = ()
 
     @functools.cached_property
     def nbytes(self) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from orchestrator.backends.known_models import LOADED, counted
-from orchestrator.backends.table import BACKENDS, METHODS, Backend
+from orchestrator.backends.known_models import LOADED, counted, unmerged
+from orchestrator.backends.table import BACKENDS, METHODS, Backend, backends_with_adapters
 from orchestrator.checkpoint.quantized import Quantized
 from orchestrator.checkpoint.spec import ModelSpec
 from orchestrator.config import ENGINE_KEYS, Config, get
@@ -21,6 +21,8 @@ def asks_of(config: Config, spec: ModelSpec, hardware: Hardware) -> Iterator[Ask
     stored = quantized_of(spec)
     for backend in BACKENDS.values():
         if config.backend.name not in ("auto", backend.name) or not set_keys <= backend.keys:
+            continue
+        if not (config.model.merge or backend.unmerged):
             continue
         automatic = hardware.device in backend.automatic or bool(set_keys) or stored is not None
         if config.backend.name == "auto" and not automatic:
@@ -70,6 +72,17 @@ def none_loads(config: Config, spec: ModelSpec, hardware: Hardware, stored: Quan
     return ConfigError(f"{what}, and {nothing_matches(config)}", "Leave out what is not the checkpoint's own.")
 
 
+def none_unmerged(config: Config, spec: ModelSpec, hardware: Hardware) -> OrchestratorError | None:
+    """Why no engine runs these adapters on top of their base; None where that is not what stands in the way."""
+    able = [BACKENDS[name] for name in backends_with_adapters() if config.backend.name in ("auto", name)]
+    refusals = (_refusal(backend, spec, hardware, None) for backend in able)
+    found = None if config.model.merge else next((refusal for refusal in refusals if refusal is not None), None)
+    if isinstance(found, EngineUnavailableError):
+        hint = f"Leave model.merge out to have the adapter merged. {found.hint}"
+        return EngineUnavailableError(f"model.merge=false: {found.message}", hint)
+    return found
+
+
 _UNQUANTIZED = "Set model.path to the unquantized model."
 
 
@@ -95,6 +108,11 @@ def _refusal(
         return ConfigError(
             f"what backend={backend.name} needs for a {spec.architecture} is not known here; {known(spec)}",
             f"It is known of {', '.join(sorted(counted(backend.name)))}.",
+        )
+    if spec.loras and spec.architecture not in unmerged(backend.name):
+        return ConfigError(
+            f"backend={backend.name} runs no adapter on top of a {spec.architecture} (model.merge=false)",
+            "Leave model.merge out to have it merged.",
         )
     return None
 
@@ -156,10 +174,11 @@ def nothing_matches(config: Config) -> str:
     asked += [f"quant.method={config.quant.method}"] if config.quant.method != "auto" else []
     asked += [f"quant.bits={config.quant.bits:g}"] if config.quant.bits is not None else []
     asked += [f"model.dtype={config.model.dtype}"] if config.model.dtype != "auto" else []
+    asked += ["model.merge=false"] if not config.model.merge else []
     asked += [f"{key}={get(config, key)}" for key in ENGINE_KEYS if get(config, key) is not None]
     have = [
         f"{b.name} has {', '.join(f'{m} at {METHODS[m].widths(ws)} bits' for m, ws in b.methods.items())}"
         for b in BACKENDS.values()
-        if config.backend.name in ("auto", b.name)
+        if config.backend.name in ("auto", b.name) and (config.model.merge or b.unmerged)
     ]
     return f"no engine runs {' with '.join(asked)}: {'; '.join(have)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -35,6 +36,7 @@ class Piece:
     Attributes:
         weights: bytes on its GPU.
         footprint: bytes that the manual split counts for it (those of the file).
+        adapters: bytes beside the weights, of adapters that are not merged; no split of its own counts them.
         scratch: bytes of scratch that the manual split wants beside it, without the fixed part of attention.
         cached: whether it has a share of the KV cache.
     """
@@ -43,6 +45,7 @@ class Piece:
     footprint: int
     scratch: int
     cached: bool
+    adapters: int = 0
 
 
 def pad32(columns: int) -> int:
@@ -114,9 +117,10 @@ def pieces(spec: ModelSpec, bits: float, head_bits: int, quantized: bool, contex
     All layers are taken to have the same width, but for those of a model that is quantized already.
     """
     size, last = _block_bytes(spec, bits, quantized)
+    loras = _adapter_bytes(spec)
     scratch = {"attention": _attention_scratch(spec, context), "mlp": _mlp_scratch(spec, context)}
     blocks = [
-        Piece(size[layer, block][0], size[layer, block][1], scratch[block], block == "attention")
+        Piece(*size[layer, block], scratch[block], block == "attention", loras.get((layer, block), 0))
         for layer in range(spec.layers)
         for block in ("attention", "mlp")
         if (layer, block) in size
@@ -127,24 +131,46 @@ def pieces(spec: ModelSpec, bits: float, head_bits: int, quantized: bool, contex
 
 
 @functools.lru_cache(maxsize=64)  # a plan asks for each context that it tries
-def _block_bytes(spec: ModelSpec, bits: float, quantized: bool) -> tuple[Mapping[tuple[int, str], list[int]], int]:
-    """(layer, block) -> [on the GPU, in the file]; and what is in no layer beside embedding and head."""
-    size: dict[tuple[int, str], list[int]] = {}
+def _block_bytes(
+    spec: ModelSpec, bits: float, quantized: bool
+) -> tuple[Mapping[tuple[int, str], tuple[int, int]], int]:
+    """(layer, block) -> (on the GPU, in the file); and what is in no layer beside embedding and head."""
+    size: dict[tuple[int, str], tuple[int, int]] = {}
     last = 0
     for tensor in spec.tensors:
         if tensor.layer is None:
             last += _other_bytes(spec, tensor) if tensor.role == "other" else 0
             continue
-        block = "mlp" if ".mlp." in tensor.name or "post_attention" in tensor.name else "attention"
-        found = size.setdefault((tensor.layer, block), [0, 0])
+        block = _block(tensor.name)
+        before = size.get((tensor.layer, block), (0, 0))
         loaded, stored = (
             _linear_bytes(tensor, bits, quantized and spec.quantization is None)
             if tensor.role == "linear" or tensor.parts
             else (_other_bytes(spec, tensor), _other_bytes(spec, tensor))
         )
-        found[0] += loaded
-        found[1] += stored
+        size[tensor.layer, block] = before[0] + loaded, before[1] + stored
     return size, last
+
+
+def _block(name: str) -> str:
+    """The block of a layer that a tensor of it belongs to."""
+    return "mlp" if ".mlp." in name or "post_attention" in name else "attention"
+
+
+@functools.lru_cache(maxsize=64)
+def _adapter_bytes(spec: ModelSpec) -> Mapping[tuple[int, str], int]:
+    """(layer, block) -> bytes of the adapters' factors, which lie beside their linear in half precision."""
+    found: Counter[tuple[int, str]] = Counter()
+    for lora in spec.loras:
+        found[lora.layer, _block(lora.module)] += _HALF * lora.elements
+    return found
+
+
+def adapter_scratch(spec: ModelSpec, context: int, quantized: bool) -> int:
+    """What a block takes to run adapters (x A^T for a whole input); a linear that is not quantized also the sum."""
+    widest = max((lora.outputs for lora in spec.loras), default=0)
+    rank = max((lora.rank for lora in spec.loras), default=0)
+    return _HALF * _input(context) * (rank + (0 if quantized else widest))
 
 
 @functools.lru_cache(maxsize=64)

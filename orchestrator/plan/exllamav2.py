@@ -27,6 +27,7 @@ from orchestrator.hardware import GIB, MIB, Gpu, Hardware
 from orchestrator.plan.exl2_sizes import (
     HEAD,
     Piece,
+    adapter_scratch,
     cache_bytes,
     embedding_bytes,
     fixed_scratch,
@@ -48,12 +49,19 @@ class _Share:
     gpu: Gpu
     reserve: int
     weights: int = 0
+    adapters: int = 0
     cache: int = 0
     scratch: int = 0
 
     @property
     def used(self) -> int:
-        return self.weights + self.cache + self.scratch
+        return self.weights + self.adapters + self.cache + self.scratch
+
+    def take(self, part: Piece, cache: int) -> None:
+        """Adds a module, with the cache of a layer if it has one."""
+        self.weights += part.weights
+        self.adapters += part.adapters
+        self.cache += cache if part.cached else 0
 
 
 def estimate(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
@@ -147,7 +155,7 @@ def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, settings: _Settings, c
     tokens = round_up(context) * ask.max_in_flight
     per_layer, per_gpu = cache_bytes(spec, settings.cache_bits)
     kv = math.ceil(per_layer * tokens)
-    fixed = fixed_scratch(spec, context, quantized) + per_gpu * tokens
+    fixed = fixed_scratch(spec, context, quantized) + adapter_scratch(spec, context, quantized) + per_gpu * tokens
     reasons: list[str] = []
     if settings.split:
         shares = [_Share(gpu, 0) for gpu in hardware.gpus[: len(settings.split)]]
@@ -158,11 +166,14 @@ def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, settings: _Settings, c
         _automatic(shares, parts, kv, fixed)
         shares = shares[: max((i + 1 for i, s in enumerate(shares) if s.used), default=1)]
     gpus = tuple(
-        DeviceBytes(f"cuda:{s.gpu.index}", s.weights, s.cache, s.scratch, CONTEXT_BYTES, s.gpu.free) for s in shares
+        DeviceBytes(f"cuda:{s.gpu.index}", s.weights + s.adapters, s.cache, s.scratch, CONTEXT_BYTES, s.gpu.free)
+        for s in shares
     )
     embedding = embedding_bytes(spec)
     logits = 4 * _QUERY * ask.max_in_flight * pad32(spec.vocab)
-    host = DeviceBytes("cpu", embedding, 0, logits, HOST_RUNTIME, hardware.host_available)
+    adapters = {gpu.device: s.adapters for gpu, s in zip(gpus, shares, strict=True) if s.adapters}
+    scratch = logits + sum(adapters.values())  # through which they go
+    host = DeviceBytes("cpu", embedding, 0, scratch, HOST_RUNTIME, hardware.host_available)
     group = "+".join(gpu.device for gpu in gpus)
     return Candidate.of(
         ask,
@@ -174,6 +185,7 @@ def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, settings: _Settings, c
         weights={"cpu": embedding, group: sum(gpu.weights for gpu in gpus)},
         gpu_split=settings.split,
         cache_bits=settings.cache_bits,
+        adapter_bytes=adapters,
     )
 
 
@@ -181,7 +193,7 @@ def _automatic(shares: list[_Share], parts: Sequence[Piece], kv: int, fixed: int
     """Fills the GPUs in order, as load_autosplit does; what is over stays on the last one, which then does not fit."""
     at = 0
     for part in parts:
-        need = part.weights + (kv if part.cached else 0)
+        need = part.weights + part.adapters + (kv if part.cached else 0)
         while True:
             share = shares[at]
             first = 0 if share.scratch else fixed + share.reserve + RESERVE_FILLING
@@ -190,8 +202,7 @@ def _automatic(shares: list[_Share], parts: Sequence[Piece], kv: int, fixed: int
                 break
             at += 1
         share.scratch += first
-        share.weights += part.weights
-        share.cache += kv if part.cached else 0
+        share.take(part, kv)
 
 
 def _by_hand(
@@ -224,6 +235,5 @@ def _by_hand(
         scratch[at], reserved[at] = wants, fixed_attention
         left[at] -= part.footprint
         shares[at].scratch = fixed
-        shares[at].weights += part.weights
-        shares[at].cache += kv if part.cached else 0
+        shares[at].take(part, kv)
     return []

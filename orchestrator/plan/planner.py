@@ -13,7 +13,7 @@ from orchestrator.engine.interpreters import require
 from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError
 from orchestrator.hardware import BF16, GIB, Hardware
 from orchestrator.plan import offload
-from orchestrator.plan.asks import asks_of, known, none_loads, nothing_matches
+from orchestrator.plan.asks import asks_of, known, none_loads, none_unmerged, nothing_matches
 from orchestrator.plan.changes import changes, smallest
 from orchestrator.plan.estimate import estimate, largest_context
 from orchestrator.plan.packed import check_asked, check_weights, quantized_of
@@ -45,6 +45,8 @@ def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
     asks = list(asks_of(config, spec, hardware))
     if not asks and stored is not None:
         raise none_loads(config, spec, hardware, stored)
+    if not asks and (refusal := none_unmerged(config, spec, hardware)) is not None:
+        raise refusal
     if not asks:
         if not any(spec.architecture in counted(name) for name in BACKENDS):
             raise ConfigError(f"what an engine needs for a {spec.architecture} is not known here; {known(spec)}")

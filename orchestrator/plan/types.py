@@ -82,6 +82,7 @@ class Candidate:
         largest_context: tokens that one sequence alone can have, up to what the model was made for; 0: not known.
         margin_source: what the margins come from: "never measured on this card", "measured in 5 runs on this card".
         needs: a checkpoint that it runs from and that nothing here makes; "": none.
+        adapter_bytes: GPU -> bytes there of adapters that are not merged, which are a part of its weights.
     """
 
     backend: str
@@ -109,6 +110,7 @@ class Candidate:
     largest_context: int = 0
     margin_source: str = ""
     needs: str = ""
+    adapter_bytes: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -204,6 +206,7 @@ class Candidate:
             "most_tokens_per_s": self.most_tokens_per_s,
             "offload_notes": list(self.notes),
             "needs": self.needs,
+            "adapter_bytes": self.adapter_bytes,
             "device_map": self.device_map,
             "weights": self.weights,
         }

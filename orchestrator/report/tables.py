@@ -46,9 +46,10 @@ def short(count: float) -> str:
     return f"{number:.0f} {unit}" if whole else f"{number:.1f} {unit}"
 
 
-def model_line(name: str, spec: ModelSpec, adapters: int) -> str:
-    """The model in one line."""
-    more = f", {adapters} adapter{'s' * (adapters != 1)}" if adapters else ""
+def model_line(name: str, spec: ModelSpec, merged: int, on_top: int = 0) -> str:
+    """The model in one line, with the number of its adapters."""
+    adapters = merged or on_top
+    more = f", {adapters} adapter{'s' * (adapters != 1)}{' on top' * bool(on_top)}" if adapters else ""
     return (
         f"{name}: {spec.architecture}, {spec.parameters / 1e6:,.1f} M parameters in {spec.dtype}, "
         f"{spec.layers} layers, context {spec.max_context}{more}"

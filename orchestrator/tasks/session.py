@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from orchestrator.checkpoint.adapter import Adapter, open_adapter
 from orchestrator.checkpoint.adapter_match import targets
 from orchestrator.checkpoint.bare import open_to_plan
 from orchestrator.checkpoint.folder import Checkpoint, open_checkpoint
-from orchestrator.checkpoint.spec import ModelSpec, model_spec
+from orchestrator.checkpoint.spec import ModelSpec
 from orchestrator.config import Config, folder
 from orchestrator.engine.handle import EngineProcess
 from orchestrator.engine.memory import MemoryWatch
@@ -29,7 +29,7 @@ from orchestrator.errors import RequestError
 from orchestrator.hardware import Hardware, child_devices, detect
 from orchestrator.hardware.lease import leases
 from orchestrator.hub.locate import ADAPTER, MODEL, Located, NoPartsError, locate
-from orchestrator.pipeline import Model, Source, disk_needs, is_built, loaded, prepare, tokenizer_folder, versions
+from orchestrator.pipeline import Model, Source, disk_needs, is_built, planned_spec, prepare, tokenizer_folder, versions
 from orchestrator.plan.disk import Need, must_have_room
 from orchestrator.plan.planner import make_plan, must_fit, runnable
 from orchestrator.plan.ranking import why
@@ -255,7 +255,7 @@ def _brought(config: Config, places: Places, planning: bool, check: Callable[[Pl
 def _planned(config: Config, places: Places, planning: bool, *, bare: bool = False) -> Planned:
     asked = config
     config, source = open_source(asked, places, bare=bare)
-    spec = model_spec(loaded(config, source))
+    spec = planned_spec(config, source)
     if not (planning or places.remote):
         check_tokenizer(tokenizer_folder(source))
     hardware = detect(config.hardware, planning=planning, artifacts=folder(config.paths.artifacts))
@@ -302,7 +302,9 @@ def open_source(config: Config, places: Places, *, bare: bool = False) -> tuple[
     for adapter, _ in adapters:
         targets(adapter, base)  # an adapter of another model is refused before anything long
     name = "the embedded model" if is_embedded else places.base.name
-    source = Source(base, adapters, name, is_embedded, places.base.commit, tuple(place for place, _ in places.adapters))
+    merged, on_top = (adapters, ()) if config.model.merge else ((), adapters)
+    where = tuple(place for place, _ in places.adapters)
+    source = Source(base, merged, on_top, name, is_embedded, places.base.commit, where)
     return embedded_defaults(config) if is_embedded else config, source
 
 
@@ -332,10 +334,10 @@ def embedded_defaults(config: Config) -> Config:
 
 def show_plan(planned: Planned, chosen: Candidate) -> None:
     """The plan for the person: the model, the machine, the table, the reason."""
-    out = console()
+    out, source = console(), planned.source
     for line in planned.plan.notes:
         note(f"note: {line}")
-    note(model_line(planned.source.label, planned.spec, len(planned.source.adapters)))
+    note(model_line(source.label, planned.spec, len(source.adapters), len(source.unmerged)))
     for line in (hardware_line(planned.hardware), *held_lines(planned.hardware)):
         note(line)
     out.print(plan_table(chosen))
@@ -349,8 +351,12 @@ def show_plan(planned: Planned, chosen: Candidate) -> None:
             note(f"on disk: {need}{' (this machine)' if planned.elsewhere else ''}")
 
 
-def load_plan(planned: Planned, chosen: Candidate, model: Path) -> LoadPlan:
-    """The part of the plan that the engine gets."""
+def load_plan(planned: Planned, chosen: Candidate, model: Path, adapters: Sequence[Path] = ()) -> LoadPlan:
+    """The part of the plan that the engine gets.
+
+    Args:
+        adapters: folders of those that run on top of the model.
+    """
     return LoadPlan(
         model=str(model),
         backend=chosen.backend,
@@ -371,19 +377,28 @@ def load_plan(planned: Planned, chosen: Candidate, model: Path) -> LoadPlan:
         offload_folder=str(folder(chosen.offload_folder)) if chosen.offload_folder else "",
         trust_remote_code=planned.config.model.trust_remote_code,
         engine_args=dict(planned.config.backend.engine_args),
+        adapters=tuple(map(str, adapters)),
+        adapter_bytes=chosen.adapter_bytes,
+        tokenizer=_own_tokenizer(planned.source) if adapters else "",
     )
+
+
+def _own_tokenizer(source: Source) -> str:
+    """The folder of an adapter that is not merged and whose tokenizer takes the place of the base's; "" for none."""
+    found = tokenizer_folder(source)
+    return "" if found == source.base.path else str(found)
 
 
 @contextmanager
 def start_engine(
-    planned: Planned, chosen: Candidate, python: str, model: Path, log: Path
+    planned: Planned, chosen: Candidate, python: str, model: Path, log: Path, adapters: Sequence[Path] = ()
 ) -> Iterator[tuple[EngineProcess, MemoryWatch]]:
     """An engine that loads a folder as it was planned, and who watches its memory; both end on the way out.
 
     Raises:
         EngineUnavailableError: there is no such interpreter.
     """
-    plan = load_plan(planned, chosen, model)
+    plan = load_plan(planned, chosen, model, adapters)
     env = {name: os.environ.get(name, value) for name, value in ENGINE_ENVIRONMENT.items()}
     env |= child_devices(planned.hardware.gpus)
     adapter = BACKENDS[chosen.backend].adapter
@@ -427,7 +442,8 @@ def open_session(
             tokenizer = None  # what was asked for is checked again
         run.status("loading")
         note(f"loading in a process of its own ({chosen.label}) ...")
-        with start_engine(planned, chosen, python, model.path, run.path / "engine.log") as (engine, watch):
+        log = run.path / "engine.log"
+        with start_engine(planned, chosen, python, model.path, log, model.adapters) as (engine, watch):
             tokenizer = tokenizer or _tokenizer(planned, chosen, check)
             ready = engine.wait_ready()
             loading.close()
@@ -436,7 +452,7 @@ def open_session(
 
 
 def _tokenizer(planned: Planned, chosen: Candidate, check: Callable[[Tokenizer, Candidate], None]) -> Tokenizer:
-    """The merged model's tokenizer, which every stage carries over byte for byte; the request, checked with it."""
+    """The model's tokenizer, which every stage carries over byte for byte; the request, checked with it."""
     model = planned.config.model
     tokenizer = Tokenizer(tokenizer_folder(planned.source), model.chat_template, model.trust_remote_code)
     if not tokenizer.has_template:

@@ -17,13 +17,14 @@ import psutil
 import pytest
 from exl2_bench import GPU, SHAPE, TESTS, Bench, make_bench
 from exl2_models import measurement, write_exl2
-from small_models import Llama, write_headers
+from small_models import Llama, write_adapter, write_headers
 
 from orchestrator.artifacts import Built, Recipe, Store
+from orchestrator.checkpoint.adapter import open_adapter
 from orchestrator.checkpoint.digest import digest
 from orchestrator.checkpoint.folder import fingerprint, open_checkpoint
-from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError, StageError
-from orchestrator.pipeline import Model, Source, disk_needs
+from orchestrator.errors import CheckpointError, ConfigError, DoesNotFitError, EngineUnavailableError, StageError
+from orchestrator.pipeline import Model, Source, disk_needs, prepare
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages import converter, exl2
 from orchestrator.stages.exl2_log import overflow
@@ -70,6 +71,26 @@ def test_the_next_width_reuses_the_measurement(bench: Bench) -> None:
     assert third.path == second.path
     other = bench.quantize(6.0, "quant.head_bits=8", "quant.calibration.length=1024")
     assert len(other.built) == 2  # another calibration, another measurement
+
+
+def test_many_adapters_share_one_quantized_base(bench: Bench) -> None:
+    for number, rank in enumerate((4, 8)):
+        lora = write_adapter(bench.folder / f"lora{rank}", SHAPE, rank)
+        config = bench.config("model.merge=false", f"model.path={bench.source}", f"model.adapter={lora}")
+        source = Source(open_checkpoint(bench.source), unmerged=((open_adapter(lora), 1.0),))
+        model = prepare(config, source, bench.chosen(4.0), bench.run)
+        stages = [name.partition("-")[0] for name in model.built]
+        assert stages == [["measurement", "exl2", "adapter"], ["adapter"]][number]
+        assert model.path.name.startswith("exl2-")
+        assert [path.name for path in model.adapters] == [model.artifacts[-1].name]
+
+
+def test_a_bad_adapter_is_refused_before_the_base_is_quantized(bench: Bench) -> None:
+    lora = write_adapter(bench.folder / "lora", SHAPE)
+    source = Source(open_checkpoint(bench.source), unmerged=((open_adapter(lora), 1e9),))
+    with pytest.raises(CheckpointError, match="does not fit into float16"):
+        prepare(bench.config("model.merge=false"), source, bench.chosen(4.0), bench.run)
+    assert not list((bench.folder / "store").glob("*-*"))
 
 
 def test_what_it_writes_is_known_before_and_nothing_once_it_is_there(bench: Bench) -> None:

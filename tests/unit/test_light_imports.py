@@ -54,6 +54,15 @@ def test_a_plan_loads_no_engine(tmp_path: Path, hardware: str) -> None:
     assert not modules & ENGINES
 
 
+def test_a_plan_of_an_adapter_on_top_loads_no_engine(tmp_path: Path) -> None:
+    model = small_models.write_headers(tmp_path / "model", small_models.Llama())
+    lora = small_models.write_adapter(tmp_path / "lora", small_models.Llama())
+    argv = ("task=plan", f"model.path={model}", f"model.adapter={lora}", "hardware=4x24gb", "model.merge=false")
+    code, modules = modules_after(tmp_path, *argv)
+    assert code == 0
+    assert not modules & ENGINES
+
+
 def test_a_plan_of_packed_weights_loads_no_engine(tmp_path: Path) -> None:
     model = packed_models.write_packed(tmp_path / "model", small_models.Llama(), "gptq")
     code, modules = modules_after(tmp_path, "task=plan", f"model.path={model}", "hardware=4x24gb")
