@@ -7,6 +7,7 @@
     |   +-- ConfigError             2  a key or a value of the configuration
     |   +-- CheckpointError         2  a model's or an adapter's files
     +-- DoesNotFitError             3  memory or disk, with the numbers
+    |   +-- OutOfMemoryError        3  an engine's device was full where its plan had room
     +-- EngineUnavailableError      4  not installed here, or its device is absent
 
 An interruption is not an error: KeyboardInterrupt (Ctrl-C) and Terminated (SIGTERM) pass through, exit code 130.
@@ -62,6 +63,10 @@ class DoesNotFitError(OrchestratorError):
     """It does not fit in the memory or on the disk that is there."""
 
     exit_code = 3
+
+
+class OutOfMemoryError(DoesNotFitError):
+    """An engine ran out of memory, which its plan had not foreseen."""
 
 
 class EngineUnavailableError(OrchestratorError):

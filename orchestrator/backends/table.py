@@ -101,6 +101,8 @@ class Backend:
         loads: quant_method of a checkpoint that is quantized already -> what of it is loaded as it is.
         elsewhere: methods whose checkpoints nothing here makes: their plans say what they need.
         half: methods whose arithmetic has 16 bits on every device.
+        grows: of an engine whose memory grows with the tokens it holds, "module:function" of what a plan comes to for
+            some of them; empty: all of it is taken when it loads.
     """
 
     name: str
@@ -120,6 +122,7 @@ class Backend:
     loads: dict[str, Loads] = field(default_factory=dict)
     elsewhere: frozenset[str] = frozenset()
     half: frozenset[str] = frozenset()
+    grows: str = ""
 
     @property
     def known_methods(self) -> tuple[str, ...]:
@@ -136,6 +139,7 @@ BACKENDS: dict[str, Backend] = {
             name="bitsandbytes",
             adapter="orchestrator.backends.huggingface:HuggingFaceEngine",
             memory="orchestrator.plan.huggingface:estimate",
+            grows="orchestrator.plan.huggingface:at_use",
             methods={"nf4": (4.0,), "int8": (8.0,), "fp4": (4.0,)},
             devices=("cuda", "cpu"),
             packages=("torch", "transformers", "accelerate", "bitsandbytes"),
@@ -148,6 +152,7 @@ BACKENDS: dict[str, Backend] = {
             name="transformers",
             adapter="orchestrator.backends.huggingface:HuggingFaceEngine",
             memory="orchestrator.plan.huggingface:estimate",
+            grows="orchestrator.plan.huggingface:at_use",
             methods={"none": (16.0, 32.0)},
             devices=("cuda", "cpu"),
             packages=("torch", "transformers", "accelerate"),
