@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from orchestrator.backends.table import BACKENDS
 from orchestrator.config import Config
 from orchestrator.engine.interpreters import how_to_install
+from orchestrator.plan.disk import must_be_writable
 from orchestrator.plan.types import Candidate
 from orchestrator.report.console import console
 from orchestrator.report.plan import bars, candidates_table, changes_table, command, legend
@@ -20,6 +21,7 @@ def plan(config: Config, folder: RunFolder) -> None:
 
     Raises:
         DoesNotFitError: nothing that was asked for fits.
+        ConfigError: what has to be written cannot be, on this machine.
     """
     planned = look(config, planning=True, download=False, bare=True)
     chosen = planned.plan.chosen
@@ -36,6 +38,8 @@ def plan(config: Config, folder: RunFolder) -> None:
     for text in _to_run(planned, config):
         out.print(text, markup=False, soft_wrap=True)
     fits(planned)
+    if not planned.elsewhere:
+        must_be_writable(planned.disk)
 
 
 def _to_run(planned: Planned, config: Config) -> Iterator[str]:

@@ -28,7 +28,7 @@ from orchestrator.hardware import Hardware, child_devices, detect
 from orchestrator.hardware.lease import leases
 from orchestrator.hub.locate import ADAPTER, MODEL, Located, NoPartsError, locate
 from orchestrator.pipeline import Model, Source, disk_needs, is_built, loaded, prepare, tokenizer_folder, versions
-from orchestrator.plan.disk import Need, must_have_room
+from orchestrator.plan.disk import Need, must_be_writable, must_have_room
 from orchestrator.plan.planner import make_plan, must_fit, runnable
 from orchestrator.plan.ranking import why
 from orchestrator.plan.types import Candidate, Plan
@@ -136,7 +136,8 @@ def fits(planned: Planned) -> None:
 
 
 def has_room(planned: Planned) -> None:
-    """Raises DoesNotFitError unless the disk has room for what has to be written."""
+    """Raises DoesNotFitError unless the disk has room for what has to be written, ConfigError if it cannot be."""
+    must_be_writable(planned.disk)
     must_have_room(planned.disk)
 
 

@@ -68,6 +68,38 @@ def test_an_awkward_value_costs_one_line(orchestrator: Orchestrator, argv: list[
     assert said in done.error
 
 
+@pytest.mark.parametrize("task", ["plan", "run", "convert"])
+@pytest.mark.parametrize("folder", ["file", "file/x", "/proc/foo/bar"])
+def test_a_store_that_cannot_be_written_is_told_by_the_plan_too(
+    orchestrator: Orchestrator, task: str, folder: str
+) -> None:
+    (orchestrator.folder / "file").write_text("")
+    done = orchestrator(f"task={task}", f"paths.artifacts={folder}")
+    path = orchestrator.folder / folder
+    assert done.code == 2
+    assert done.error.startswith(f"error: paths.artifacts={path} cannot be written (")
+    assert done.error.endswith("Set paths.artifacts=FOLDER to one that can.")
+    assert "merging" not in done.err
+    assert done.json("status.json")["exit_code"] == 2
+    if task == "plan":
+        assert "What could run it, best first" in done.out  # all that it has to say all the same
+        assert done.json("plan.json")["fits"]
+
+
+def test_a_plan_leaves_nothing_in_the_store(orchestrator: Orchestrator) -> None:
+    store = orchestrator.folder / "new" / "store"
+    assert orchestrator("task=plan", f"paths.artifacts={store}").code == 0
+    assert not (orchestrator.folder / "new").exists()
+
+
+@pytest.mark.parametrize("folder", ["file", "file/x", "/proc/foo"])
+def test_runs_that_cannot_be_kept_are_told(orchestrator: Orchestrator, folder: str) -> None:
+    (orchestrator.folder / "file").write_text("")
+    done = orchestrator("task=plan", f"paths.runs={folder}")
+    assert done.code == 2
+    assert done.error.endswith("Set paths.runs=FOLDER to one that can be written.")
+
+
 @pytest.mark.parametrize("output", ["file/x", "x" * 300, "/proc/foo/bar"])
 def test_an_output_that_cannot_be_written_is_told_before_the_merge(orchestrator: Orchestrator, output: str) -> None:
     (orchestrator.folder / "file").write_text("")
