@@ -33,7 +33,7 @@ from orchestrator.plan.planner import make_plan, must_fit, runnable
 from orchestrator.plan.ranking import why
 from orchestrator.plan.types import Candidate, Plan
 from orchestrator.report.console import console, note
-from orchestrator.report.tables import hardware_line, held_lines, margin_line, model_line, plan_table
+from orchestrator.report.tables import fitting, hardware_line, held_lines, margin_line, model_line, plan_table
 from orchestrator.runfolder import RunFolder
 from orchestrator.tasks.gpus import leased
 from orchestrator.tasks.record import keep, keep_out_of_memory, memory, with_use
@@ -287,7 +287,7 @@ def show_plan(planned: Planned, chosen: Candidate) -> None:
     note(model_line(planned.source.label, planned.spec, len(planned.source.adapters)))
     for line in (hardware_line(planned.hardware), *held_lines(planned.hardware)):
         note(line)
-    out.print(plan_table(chosen))
+    out.print(fitting(out.width, plan_table(chosen), plan_table(chosen, narrow=True)))
     note(margin_line(chosen))
     if chosen.fits:
         note(f"chosen: {chosen.label}: {why(chosen, planned.plan, planned.config)}")
