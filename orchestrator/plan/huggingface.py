@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.checkpoint.spec import ModelSpec, SpecTensor
@@ -96,8 +97,8 @@ def _units(spec: ModelSpec, method: str, dtype: str, double: bool, stored: bool)
     first: dict[str, int] = {}
     layers: dict[int, tuple[str, int]] = {}
     last: dict[str, int] = {}
-    for tensor in spec.tensors:
-        size = tensor.nbytes if stored else tensor_bytes(tensor, method, dtype, double)
+    for tensor, count in _kinds(spec):
+        size = count * (tensor.nbytes if stored else tensor_bytes(tensor, method, dtype, double))
         if tensor.layer is not None:
             prefix = re.split(rf"(?<=\.{tensor.layer})\.", tensor.name, maxsplit=1)[0]
             layers[tensor.layer] = (prefix, layers.get(tensor.layer, ("", 0))[1] + size)
@@ -113,6 +114,20 @@ def _units(spec: ModelSpec, method: str, dtype: str, double: bool, stored: bool)
         *(Unit((prefix,), size, kv[layer]) for layer, (prefix, size) in sorted(layers.items())),
         Unit(tuple(last), sum(last.values()), 0),
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _kinds(spec: ModelSpec) -> tuple[tuple[SpecTensor, int], ...]:
+    """One tensor of each kind in each layer, and how many there are: of experts there may be tens of thousands."""
+    first: dict[Hashable, SpecTensor] = {}
+    count: Counter[Hashable] = Counter()
+    for tensor in spec.tensors:
+        kind: Hashable = tensor.name
+        if tensor.layer is not None and not tensor.parts:
+            kind = tensor.layer, tensor.role, tensor.shape, tensor.dtype, tensor.nbytes, tensor.name.endswith(FLOAT32)
+        first.setdefault(kind, tensor)
+        count[kind] += 1
+    return tuple((tensor, count[kind]) for kind, tensor in first.items())
 
 
 def scratch_bytes(spec: ModelSpec, ask: Ask | Candidate, sequences: int, context: int) -> int:
