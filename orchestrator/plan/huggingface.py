@@ -148,7 +148,7 @@ def scratch_bytes(spec: ModelSpec, ask: Ask | Candidate, sequences: int, context
 
 @functools.lru_cache(maxsize=8)
 def _largest_linear(spec: ModelSpec) -> int:
-    return max((math.prod(t.shape) for t in spec.tensors if t.role == "linear"), default=0)
+    return max((math.prod(t.shape) for t, _ in _kinds(spec) if t.role == "linear"), default=0)
 
 
 def at_use(spec: ModelSpec, plan: Candidate, held: Held) -> dict[str, int]:
@@ -225,7 +225,7 @@ def _broken_rows(spec: ModelSpec, ask: Ask) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _broken_row(spec: ModelSpec) -> str | None:
-    return next((t.name for t in spec.tensors if t.role == "linear" and t.shape[-1] % QUANT_BLOCK), None)
+    return next((t.name for t, _ in _kinds(spec) if t.role == "linear" and t.shape[-1] % QUANT_BLOCK), None)
 
 
 def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: Sequence[Unit], context: int) -> Candidate:
@@ -312,7 +312,7 @@ def _pieces(spec: ModelSpec, ask: Ask, context: int) -> list[Piece]:
 @functools.lru_cache(maxsize=8)
 def _copy_bytes(spec: ModelSpec, dtype: str) -> int:
     """A tensor on disk keeps the dtype of its file, and is converted where it computes: both are there for a moment."""
-    others = (t.nbytes for t in spec.tensors if t.role != "embedding" and t.dtype != STORED[dtype])
+    others = (t.nbytes for t, _ in _kinds(spec) if t.role != "embedding" and t.dtype != STORED[dtype])
     return max(others, default=0)
 
 
