@@ -60,7 +60,8 @@ from orchestrator.config import (
     RunConfig,
 )
 from orchestrator.hardware import GIB, host_memory, nvml_gpus
-from orchestrator.tasks.session import Session, look, memory
+from orchestrator.tasks.record import memory
+from orchestrator.tasks.session import Session, look
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_MEMORY = Path("/dev/shm")

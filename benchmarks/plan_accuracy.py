@@ -49,7 +49,8 @@ from orchestrator.engine.handle import EngineProcess
 from orchestrator.hardware import DRIVER_KEEPS, GIB, MIB, nvml_gpus
 from orchestrator.plan.planner import runnable
 from orchestrator.plan.types import Candidate
-from orchestrator.tasks.session import Planned, look, memory, start_engine
+from orchestrator.tasks.record import memory
+from orchestrator.tasks.session import Planned, look, start_engine
 
 SHAPES = {
     "tiny": Shape(256, 512, 2, 4, 4, 4096),

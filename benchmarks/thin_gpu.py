@@ -45,7 +45,8 @@ from orchestrator.config import (
 )
 from orchestrator.errors import OrchestratorError
 from orchestrator.runfolder import RunFolder
-from orchestrator.tasks.session import Session, look, memory, open_session
+from orchestrator.tasks.record import memory
+from orchestrator.tasks.session import Session, look, open_session
 from orchestrator.tokenizer import Tokenizer
 
 WINDOW, WINDOWS = 256, 12  # held-out tokens

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import io
 import logging
 import os
 import signal
@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING
 
 from orchestrator import __version__
 from orchestrator.errors import (
+    INTERRUPTED,
+    READER_GONE,
     ConfigError,
     DoesNotFitError,
     EngineUnavailableError,
     OrchestratorError,
+    OutputError,
     RequestError,
     Terminated,
 )
+from orchestrator.report import streams
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -35,7 +39,6 @@ TASKS = {
     "engine": "orchestrator.tasks.engine:engine",
     "artifacts": "orchestrator.tasks.artifacts:artifacts",
 }
-INTERRUPTED = 130
 
 
 def conf_folder() -> Path:
@@ -48,35 +51,38 @@ def conf_folder() -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and returns its exit code (see orchestrator.errors)."""
     argv = sys.argv[1:] if argv is None else argv
-    _check_streams()
+    streams.prepare()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
-        if "--version" in argv:
-            print(f"orchestrator {__version__}")
-            return 0
-        return _hydra(argv)
+        return _main(argv)
     except OrchestratorError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with contextlib.suppress(BrokenPipeError, OutputError):  # there is nobody to be told
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever read our output has gone: `... | head`
+        return READER_GONE
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # everything is closed: a second Ctrl-C has nothing to stop
         print("\ninterrupted", file=sys.stderr)
         exec("")  # CPython remembers one that passed through an exec (a dataclass being made), and would die of SIGINT
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has gone: `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    finally:
+        streams.drop_unwritten()
 
 
-def _check_streams() -> None:
-    """Streams that were closed (>&-) are nowhere; what a stream's encoding lacks is shown as "?", not an error."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+def _main(argv: list[str]) -> int:
+    code = 0
+    try:
+        if "--version" in argv:
+            print(f"orchestrator {__version__}")
+        else:
+            code = _hydra(argv)
+    except SystemExit:  # Hydra's, behind --help
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return code
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -102,13 +108,13 @@ def _hydra(argv: list[str]) -> int:
     sys.argv = [sys.argv[0], *prepare(argv, conf)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print its errors itself and exit 1; ours come from main
 
-    failures: list[OrchestratorError] = []
+    failures: list[Exception] = []
 
     def job(tree: DictConfig) -> None:
         try:
             run_job(tree)
-        except OrchestratorError as error:
-            if _multirun():  # Hydra goes on with the other jobs, and raises this one's error after them
+        except (OrchestratorError, BrokenPipeError) as error:  # Hydra would add a line of its own
+            if _multirun():  # it goes on with the other jobs, and raises this one's error after them
                 raise
             failures.append(error)
 

@@ -2,6 +2,13 @@
 
 The record is JSON lines beside the artifacts: one line a run, and in it every device that computed, in bytes. It is a
 person's file too: lines may be damaged or copied from another machine, so that each number is looked at. No torch.
+
+The rule. From the third run of an engine on a kind of device its margin is the worst miss and a tenth. A miss is what
+was measured beyond what the plan comes to for the tokens that were held ("comparable"): where memory grows with them, a
+run that left its context empty takes less than planned, and proves nothing of a full one. Lines without that number are
+older; of an engine whose memory grows they count only where more was measured than planned. A run that ran out of
+memory counts at once: from then on twice of what was kept there is kept at least, and no less than what was measured
+beyond its plan.
 """
 
 from __future__ import annotations
@@ -9,14 +16,15 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from filelock import FileLock
 
+from orchestrator.backends.table import BACKENDS
 from orchestrator.hardware import GIB, MIB, Hardware
 
 NAME = "calibration.jsonl"
@@ -26,6 +34,8 @@ LOCK_S = 5.0  # a line takes a millisecond: a lock that is held for longer is no
 ENOUGH = 3  # runs of an engine on one kind of device, from which its margin is learned
 LEAST = 64 * MIB  # of a learned margin
 MORE = 1.1  # the next run may miss by a little more than the worst so far
+AGAIN = 2  # of the margin with which an engine ran out of memory
+OUT_OF_MEMORY = "out of memory"  # how such a run ended
 SHARE = 0.02  # of a device, where the engine was not measured
 LEAST_UNMEASURED = {"cuda": 300 * MIB, "cpu": 0}  # a host can be small, and its kernel has ways out that a GPU lacks
 MOST = 4  # no margin takes more than one such part of a device: a plan that is further off is wrong elsewhere
@@ -47,10 +57,12 @@ class History:
 
     Attributes:
         missed: (engine, kind of device) -> for each run the bytes that it took beyond its plan, negative if fewer.
+        full: the same of those that ran out of memory -> the bytes to keep because of it.
         skipped: lines that are no such record.
     """
 
     missed: Mapping[tuple[str, str], tuple[float, ...]]
+    full: Mapping[tuple[str, str], tuple[float, ...]] = field(default_factory=dict)
     skipped: int = 0
 
 
@@ -85,15 +97,23 @@ def margin(history: History, engine: str, kind: str, called: str, capacity: int,
         least: bytes to keep where the engine was not measured.
     """
     missed = history.missed.get((engine, kind), ())
-    count = f"measured in {len(missed)} run{'s' * (len(missed) != 1)} on this {called}"
+    full = history.full.get((engine, kind), ())
+    count = f"measured in {_runs(missed)} on this {called}"
     if len(missed) >= ENOUGH:
         size, source = int(max(LEAST, *missed) * MORE), count
     else:
         size = max(least, int(capacity * SHARE))
         source = f"{count}, {ENOUGH} are needed" if missed else f"never measured on this {called}"
+    if full:
+        size = max(size, *map(int, full))
+        source += f"; out of memory there in {_runs(full)}"
     if history.skipped:
         source += f"; {history.skipped} line{'s' * (history.skipped != 1)} of {NAME} cannot be read"
     return Margin(min(size, capacity // MOST), source)
+
+
+def _runs(values: Sequence[float]) -> str:
+    return f"{len(values)} run{'s' * (len(values) != 1)}"
 
 
 def lessened(hardware: Hardware, kept: Mapping[str, Margin]) -> Hardware:
@@ -143,34 +163,61 @@ def _read(path: Path, changed: int, size: int) -> History:
     except OSError:
         return History({})
     missed: dict[tuple[str, str], tuple[float, ...]] = {}
+    full: dict[tuple[str, str], tuple[float, ...]] = {}
     skipped = 0
     for text in lines[1 if start else 0 :][-LINES:]:
         try:
-            found = _missed(json.loads(text))
-        except (ValueError, KeyError, TypeError, RecursionError):
+            line = json.loads(text)
+            ran_out = line.get("ended") == OUT_OF_MEMORY
+            found = _by_kind(line, _to_keep if ran_out else _missed)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             skipped += 1
             continue
-        for key, size_missed in found.items():
-            missed[key] = (*missed.get(key, ()), size_missed)
-    return History(missed, skipped)
+        kept = full if ran_out else missed
+        for key, count in found.items():
+            kept[key] = (*kept.get(key, ()), count)
+    return History(missed, full, skipped)
 
 
-def _missed(line: Any) -> dict[tuple[str, str], float]:
-    """(engine, kind) -> by how many bytes its devices of that kind took more than was predicted: the worst of them.
+def _by_kind(line: Any, count: Callable[[str, Any], int | None]) -> dict[tuple[str, str], float]:
+    """(engine, kind) -> what a line says of its devices of that kind: the worst of them.
 
     Of devices that the engine itself spreads a model over, the mean: what one holds too much, another lacks.
 
+    Args:
+        count: bytes, of the engine's name and a device; None: it says nothing.
+
     Raises:
-        ValueError, KeyError, TypeError: it is no record of a run.
+        ValueError, KeyError, TypeError, AttributeError: it is no record of a run.
     """
+    engine = _name(line["engine"])
     by_kind: dict[str, list[int]] = {}
     for device in line["devices"]:
-        measured, predicted = device["measured"], device["predicted"]
-        if not all(type(size) is int and 0 < size < MOST_BYTES for size in (measured, predicted)):
-            raise ValueError("no sizes of memory")
-        by_kind.setdefault(_name(device["kind"]), []).append(measured - predicted)
+        if (found := count(engine, device)) is not None:
+            by_kind.setdefault(_name(device["kind"]), []).append(found)
     worst = fmean if line["together"] is True else max
-    return {(_name(line["engine"]), kind): worst(sizes) for kind, sizes in by_kind.items()}
+    return {(engine, kind): worst(sizes) for kind, sizes in by_kind.items()}
+
+
+def _missed(engine: str, device: Any) -> int | None:
+    """By how many bytes a device took more than was predicted for what it held; None where that is not known."""
+    measured, predicted = _size(device["measured"]), _size(device["predicted"])
+    if "comparable" in device:
+        return measured - _size(device["comparable"])
+    grows = engine in BACKENDS and BACKENDS[engine].grows
+    return None if grows and measured <= predicted else measured - predicted
+
+
+def _to_keep(engine: str, device: Any) -> int:
+    """Bytes to keep free of a device where an engine ran out of memory."""
+    beyond = 0 if device["measured"] is None else _size(device["measured"]) - _size(device["predicted"])
+    return max(AGAIN * _size(device["margin"], least=0), beyond)
+
+
+def _size(value: Any, least: int = 1) -> int:
+    if type(value) is not int or not least <= value < MOST_BYTES:
+        raise ValueError("no size of memory")
+    return value
 
 
 def _name(value: Any) -> str:

@@ -237,11 +237,15 @@ def get(config: Config, key: str) -> Any:
 
 
 def changed(config: Config, values: dict[str, Any]) -> Config:
-    """A copy with other values for some dotted keys. Nothing is checked."""
-    other = copy.deepcopy(config)
+    """A copy with other values for some dotted keys; what is not changed is shared. Nothing is checked."""
+    other = copy.copy(config)
     for key, value in values.items():
-        section, _, name = key.rpartition(".")
-        setattr(get(other, section), name, value)
+        place: Any = other
+        *sections, name = key.split(".")
+        for section in sections:
+            setattr(place, section, copy.copy(getattr(place, section)))
+            place = getattr(place, section)
+        setattr(place, name, value)
     return other
 
 

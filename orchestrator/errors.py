@@ -3,14 +3,20 @@
     OrchestratorError               1  the work failed
     +-- StageError                  1  a merge, conversion or quantization stopped
     +-- EngineError                 1  an engine's process died or refused
+    +-- OutputError                 1  what it has to say cannot be written
     +-- RequestError                2  the request is wrong
     |   +-- ConfigError             2  a key or a value of the configuration
     |   +-- CheckpointError         2  a model's or an adapter's files
     +-- DoesNotFitError             3  memory or disk, with the numbers
+    |   +-- OutOfMemoryError        3  an engine's device was full where its plan had room
     +-- EngineUnavailableError      4  not installed here, or its device is absent
 
-An interruption is not an error: KeyboardInterrupt (Ctrl-C) and Terminated (SIGTERM) pass through, exit code 130.
+An interruption is not an error: KeyboardInterrupt (Ctrl-C) and Terminated (SIGTERM) pass through, exit code 130. Nor is
+a reader that has gone (`... | head`): BrokenPipeError passes through, and nothing is said.
 """
+
+INTERRUPTED = 130  # 128 and SIGINT, as shells have it
+READER_GONE = 141  # 128 and SIGPIPE, likewise
 
 
 class Terminated(KeyboardInterrupt):
@@ -44,6 +50,10 @@ class EngineError(OrchestratorError):
     """An engine's process died, refused its plan, or answered with something that is not finite."""
 
 
+class OutputError(OrchestratorError):
+    """The output, or what it is redirected to, cannot be written."""
+
+
 class RequestError(OrchestratorError):
     """The request is wrong: config, files or values."""
 
@@ -62,6 +72,10 @@ class DoesNotFitError(OrchestratorError):
     """It does not fit in the memory or on the disk that is there."""
 
     exit_code = 3
+
+
+class OutOfMemoryError(DoesNotFitError):
+    """An engine ran out of memory, which its plan had not foreseen."""
 
 
 class EngineUnavailableError(OrchestratorError):

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator import __version__
 from orchestrator.config import folder
-from orchestrator.errors import ConfigError, OrchestratorError, RequestError
+from orchestrator.errors import INTERRUPTED, READER_GONE, ConfigError, OrchestratorError, RequestError
 from orchestrator.hub.locate import EXPLICIT, hub_id
 from orchestrator.overrides import PATH_KEYS, literal
 
@@ -159,9 +159,12 @@ class RunFolder:
             logging.getLogger(__name__).error("%s", error)
             raise
         except KeyboardInterrupt:
-            self.status("interrupted", exit_code=130)
+            self.status("interrupted", exit_code=INTERRUPTED)
             raise
-        except (BrokenPipeError, SystemExit):  # whoever read the output has gone; rich exits then
+        except BrokenPipeError:  # whoever read the output has gone
+            self.status("interrupted", exit_code=READER_GONE)
+            raise
+        except SystemExit:  # a library's
             self.status("interrupted", exit_code=1)
             raise
         finally:

@@ -30,7 +30,7 @@ from orchestrator.backends.protocol import Event, Failed, LoadPlan, Request, Sco
 from orchestrator.backends.row import Row, problem
 from orchestrator.backends.usage import gpu_peaks, host_peak, installed
 from orchestrator.engine.placement import members
-from orchestrator.errors import CheckpointError, DoesNotFitError, EngineError
+from orchestrator.errors import CheckpointError, EngineError, OutOfMemoryError
 
 _PACKAGES = ("torch", "exllamav2", "flash-attn", "xformers", "tokenizers", "safetensors", "numpy")
 _CACHES = {16: "ExLlamaV2Cache", 8: "ExLlamaV2Cache_Q8", 6: "ExLlamaV2Cache_Q6", 4: "ExLlamaV2Cache_Q4"}
@@ -77,7 +77,7 @@ class ExLlamaV2Engine:
             EngineError: the method is not ours, or CUDA does not show the GPUs of the plan.
             CheckpointError: an architecture that exllamav2 would take for a Llama, or files that it cannot read; an
                 adapter that it cannot run.
-            DoesNotFitError: the GPUs are full before the model is loaded.
+            OutOfMemoryError: the GPUs are full before the model is loaded.
         """
         if plan.method not in ("exl2", "gptq", "none") or plan.cache_bits not in _CACHES:
             raise EngineError(f"the exllamav2 engine has no method {plan.method} with a {plan.cache_bits}-bit cache")
@@ -102,7 +102,7 @@ class ExLlamaV2Engine:
         except Exception as error:
             if not _is_full(error):
                 raise
-            raise DoesNotFitError(
+            raise OutOfMemoryError(
                 f"the GPUs are full before the model and its cache are loaded ({_first_line(error)})",
                 "Set model.max_context or run.in_flight lower, cache.bits=8, fewer quant.bits, or another "
                 "parallel.gpu_split",

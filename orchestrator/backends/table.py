@@ -103,6 +103,8 @@ class Backend:
         half: methods whose arithmetic has 16 bits on every device.
         unmerged: "module:function" of the stage that writes adapters as it runs them on top of a base
             (model.merge=false; see pipeline), whose module has a `disk_part` too; empty: it runs none.
+        grows: of an engine whose memory grows with the tokens it holds, "module:function" of what a plan comes to for
+            some of them; empty: all of it is taken when it loads.
     """
 
     name: str
@@ -123,6 +125,7 @@ class Backend:
     elsewhere: frozenset[str] = frozenset()
     half: frozenset[str] = frozenset()
     unmerged: str = ""
+    grows: str = ""
 
     @property
     def known_methods(self) -> tuple[str, ...]:
@@ -139,6 +142,7 @@ BACKENDS: dict[str, Backend] = {
             name="bitsandbytes",
             adapter="orchestrator.backends.huggingface:HuggingFaceEngine",
             memory="orchestrator.plan.huggingface:estimate",
+            grows="orchestrator.plan.huggingface:at_use",
             methods={"nf4": (4.0,), "int8": (8.0,), "fp4": (4.0,)},
             devices=("cuda", "cpu"),
             packages=("torch", "transformers", "accelerate", "bitsandbytes"),
@@ -151,6 +155,7 @@ BACKENDS: dict[str, Backend] = {
             name="transformers",
             adapter="orchestrator.backends.huggingface:HuggingFaceEngine",
             memory="orchestrator.plan.huggingface:estimate",
+            grows="orchestrator.plan.huggingface:at_use",
             methods={"none": (16.0, 32.0)},
             devices=("cuda", "cpu"),
             packages=("torch", "transformers", "accelerate"),

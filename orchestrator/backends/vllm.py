@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from orchestrator.backends.protocol import Delta, Event, Failed, Finished, LoadPlan, Request, Score, Stats
 from orchestrator.backends.vllm_rules import batched_tokens, thread_binding, utilization
-from orchestrator.errors import DoesNotFitError, EngineError, OrchestratorError
+from orchestrator.errors import EngineError, OrchestratorError, OutOfMemoryError
 
 _T = TypeVar("_T")
 _WORKER = "orchestrator.backends.vllm_worker.OrchestratorWorker"
@@ -94,7 +94,7 @@ class VllmEngine:
 
         Raises:
             EngineError: the method is not ours, or vLLM did not start: its root cause in one line.
-            DoesNotFitError: vLLM found too little memory.
+            OutOfMemoryError: vLLM found too little memory.
         """
         if plan.method not in _METHODS:
             raise EngineError(f"the vllm engine has no method {plan.method}")
@@ -157,7 +157,7 @@ class VllmEngine:
         """Runs something in the loop's thread and waits for it.
 
         Raises:
-            EngineError, DoesNotFitError: see `_failure`.
+            EngineError, OutOfMemoryError: see `_failure`.
         """
         try:
             return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -173,7 +173,7 @@ class VllmEngine:
         traceback.print_exception(error)  # all of it, for the log
         reason = root_cause(error, _log_since(self._log_start))
         if _MEMORY.search(reason):
-            return DoesNotFitError(_ADVICE.split(reason)[0], _LESS)
+            return OutOfMemoryError(_ADVICE.split(reason)[0], _LESS)
         return EngineError(reason, _KILLED if isinstance(error, ProcessEndedError) else "")
 
     # --- what it is

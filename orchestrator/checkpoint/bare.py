@@ -1,12 +1,14 @@
 """A model of which only config.json is there: the tensors that it would have, to plan with."""
 
+import functools
 import math
 from pathlib import Path
 
 from orchestrator.checkpoint.architectures import architecture_of, is_tied
 from orchestrator.checkpoint.config_values import ConfigValues
-from orchestrator.checkpoint.dimensions import MAX_LAYERS, configured, model_parts, shape_of
+from orchestrator.checkpoint.dimensions import MAX_LAYERS, Shape, configured, model_parts, shape_of
 from orchestrator.checkpoint.folder import Checkpoint, check_folder, open_checkpoint
+from orchestrator.checkpoint.parts import Part
 from orchestrator.checkpoint.tensors import DTYPES, MAX_BYTES, PLAIN_FLOATS, TensorInfo, row_major
 from orchestrator.checkpoint.trust import read_object, shown
 from orchestrator.checkpoint.weights import MODEL_FORMATS, read_weights
@@ -46,12 +48,17 @@ def from_config(path: Path) -> Checkpoint:
         raise CheckpointError(f"{where} claims {layers:,} layers: refused")
     dtype = _dtype(config)
     tensors = {}
-    for name, part in model_parts(row, config, layers, sizes.experts, is_tied(values)):
+
+    @functools.cache  # a part is there once in each layer, and for each of its experts
+    def measured(part: Part) -> tuple[Shape, int, Shape]:
         shape = shape_of(part, sizes)
-        nbytes = math.prod(shape) * DTYPES[dtype].size
+        return shape, math.prod(shape) * DTYPES[dtype].size, row_major(shape)
+
+    for name, part in model_parts(row, config, layers, sizes.experts, is_tied(values)):
+        shape, nbytes, strides = measured(part)
         if nbytes > MAX_BYTES:
             raise CheckpointError(f"{where}: {name} would take {nbytes:,} bytes: refused")
-        tensors[name] = TensorInfo(name, dtype, shape, file, 0, nbytes, row_major(shape))
+        tensors[name] = TensorInfo(name, dtype, shape, file, 0, nbytes, strides)
     notes = ["there are no weights: their sizes are derived from config.json"]
     if isinstance(values.get("vision_config") or values.get("visual"), dict):
         notes.append("of the image encoder nothing is counted: config.json does not say its tensors")

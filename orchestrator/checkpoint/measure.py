@@ -39,9 +39,10 @@ def measured(
 def _read_off(parts: Iterable[tuple[str, Part]], shapes: Mapping[str, Shape], where: str) -> dict[str, int]:
     """Every dimension's size, as the first tensor that has it says."""
     found: dict[str, int] = {}
+    agreed: set[tuple[Shape, tuple[str, ...]]] = set()
     for name, part in parts:
         shape = shapes.get(name)
-        if shape is None:
+        if shape is None or (shape, part.shape) in agreed:
             continue
         if len(shape) != len(part.shape) or 0 in shape:
             wanted = {1: "one dimension", 2: "two dimensions", 3: "three dimensions"}[len(part.shape)]
@@ -54,6 +55,7 @@ def _read_off(parts: Iterable[tuple[str, Part]], shapes: Mapping[str, Shape], wh
                 f"{where}: {name} has shape {list(shape)} where the other weights say {list(wanted_shape)}",
                 "The files are of different models: download the model again.",
             )
+        agreed.add((shape, part.shape))
     return found
 
 

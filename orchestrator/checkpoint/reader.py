@@ -10,17 +10,16 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from orchestrator.checkpoint.tensors import DTYPES, TensorInfo
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 _AGAIN = "Was it changed while it was read? Run it again."
-_BITS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_BITS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
 
 
 def row_ranges(info: TensorInfo, limit: int) -> Iterator[tuple[int, int]]:
@@ -42,8 +41,10 @@ def read_words(info: TensorInfo, start: int, stop: int) -> "np.ndarray[Any, Any]
     Raises:
         CheckpointError: the file is gone or has become shorter.
     """
+    import numpy as np
+
     shape = (stop - start, *info.shape[1:]) if info.shape else ()
-    words = np.empty(shape, dtype=_BITS[DTYPES[info.dtype].size])
+    words: np.ndarray[Any, Any] = np.empty(shape, dtype=_BITS[DTYPES[info.dtype].size])
     if words.size:
         _fill(info, start, words)
     return words
@@ -92,6 +93,8 @@ def _read_into(info: TensorInfo, descriptor: int, start: int, words: "np.ndarray
 
 
 def _gather(info: TensorInfo, descriptor: int, start: int, words: "np.ndarray[Any, Any]") -> None:
+    import numpy as np
+
     size = DTYPES[info.dtype].size
     with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as mapped:
         if info.offset + info.span > len(mapped):

@@ -83,6 +83,10 @@ def spec_tensors(
         yield SpecTensor(info.name, info.shape, info.dtype, info.nbytes, role, layer)
 
 
+_BODY = re.compile(r"^(model|transformer)\.")
+_NUMBER = re.compile(r"\.\d+\.")  # of an expert
+
+
 class _Roles:
     """The role of each tensor, by its name in the architecture's row."""
 
@@ -94,11 +98,11 @@ class _Roles:
     def of(self, info: TensorInfo, within: str | None) -> str:
         """Args: within: its name within its layer, if it is of one."""
         if within is None:
-            body = re.sub(r"^(model|transformer)\.", "", info.name)
+            body = _BODY.sub("", info.name)
             return "vision" if body.startswith(VISION) else self._ends.get(info.name, "other")
         if self._packed and not DTYPES[info.dtype].floating:
             return "other"
-        known = self._parts.get(re.sub(r"\.\d+\.", ".{}.", within))
+        known = self._parts.get(_NUMBER.sub(".{}.", within))
         if known is not None:
             return known
         matrix = len(info.shape) == 2 and within.endswith(".weight") and "norm" not in within

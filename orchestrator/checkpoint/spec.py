@@ -184,7 +184,7 @@ def _quantization(config: dict[str, Any], where: str) -> dict[str, Any] | None:
 
 
 def _layers(checkpoint: Checkpoint, row: Architecture, config: ConfigValues, notes: list[str]) -> int:
-    matches = (layer_pattern(row).fullmatch(name) for name in checkpoint.tensors)
+    matches = map(layer_pattern(row).fullmatch, checkpoint.tensors)
     stored = max((int(match[1]) + 1 for match in matches if match), default=0)
     said = config.maybe("num_hidden_layers") or stored
     if max(stored, said) > MAX_LAYERS:

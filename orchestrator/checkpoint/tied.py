@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from orchestrator.checkpoint.architectures import is_tied, layout_of, said_tied
 from orchestrator.checkpoint.folder import Checkpoint
 from orchestrator.checkpoint.reader import read_words, row_ranges
@@ -79,4 +77,6 @@ def same_data(one: TensorInfo, other: TensorInfo) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     ranges = row_ranges(one, _STEP)
+    import numpy as np
+
     return all(np.array_equal(read_words(one, *rows), read_words(other, *rows)) for rows in ranges)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import threading
@@ -15,8 +16,9 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from orchestrator import errors
-from orchestrator.backends.protocol import Delta, Event, LoadPlan, Request, Score, Stats
+from orchestrator.backends.protocol import Event, LoadPlan, Request, Score, Stats
 from orchestrator.engine import wire
+from orchestrator.engine.in_flight import Held, InFlight
 from orchestrator.engine.process import ChildProcess, child_environment
 from orchestrator.errors import EngineError, EngineUnavailableError, OrchestratorError, RequestError
 
@@ -33,7 +35,13 @@ _KINDS: dict[str, type[OrchestratorError]] = {
     "EngineUnavailableError": EngineUnavailableError,
     "CheckpointError": errors.CheckpointError,
     "DoesNotFitError": errors.DoesNotFitError,
+    "OutOfMemoryError": errors.OutOfMemoryError,  # torch's has the same name
 }
+# As a root cause, whatever was raised because of it.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|OutOfMemoryError|\bMemoryError\b|can't allocate memory|_STATUS_ALLOC_FAILED", re.IGNORECASE
+)
+_LESS = "Ask for less (model.max_context, run.in_flight, quant.bits)"
 
 
 class EngineProcess:
@@ -55,7 +63,7 @@ class EngineProcess:
         self._sender = wire.Sender(sock)
         self._framer = wire.Framer()
         self._arrived: list[wire.Message] = []  # read from the socket, not yet asked for
-        self._in_flight: set[str] = set()
+        self._in_flight = InFlight()
         self._lock = threading.Lock()  # of _in_flight
         self._phase = "loading"  # afterwards "scoring" or ""
         self._scores = 0
@@ -120,7 +128,7 @@ class EngineProcess:
         Raises:
             EngineError: it did not load as planned, died, or was not ready in time.
             EngineUnavailableError: a package that it needs is not installed.
-            CheckpointError, DoesNotFitError: as the engine reported.
+            CheckpointError, DoesNotFitError, OutOfMemoryError: as the engine reported.
         """
         ready = self._await(wire.Ready, timeout)
         if ready is None:
@@ -137,7 +145,7 @@ class EngineProcess:
         with self._lock:
             if request.id in self._in_flight:
                 raise RequestError(f"a request with the id {request.id!r} is in flight already")
-            self._in_flight.add(request.id)
+            self._in_flight.add(request)
         self._send(wire.Submit(request))
 
     def cancel(self, request_id: str) -> None:
@@ -150,8 +158,14 @@ class EngineProcess:
         if report is None:
             return []
         with self._lock:
-            self._in_flight -= {event.id for event in report.events if not isinstance(event, Delta)}
+            self._in_flight.take(report.events)
         return report.events
+
+    @property
+    def held(self) -> Held:
+        """The most that its requests held at a time, by the events that were taken."""
+        with self._lock:
+            return self._in_flight.most
 
     def score(self, tokens: list[int], top_k: int) -> Score:
         """Log-probabilities of given tokens; events that come meanwhile are kept for `events`.
@@ -257,7 +271,12 @@ class EngineProcess:
             case wire.Fatal(kind, text, hint, _):
                 doing = self._doing()
                 self._child.wait(_EXIT_S)
-                self._end(f"stopped while {doing}: {text}", hint, _KINDS.get(kind, EngineError))
+                error = _KINDS.get(kind, EngineError)
+                if error is EngineError and _OUT_OF_MEMORY.search(text):
+                    error = errors.OutOfMemoryError
+                if error is errors.OutOfMemoryError:
+                    hint = hint or _LESS
+                self._end(f"stopped while {doing}: {text}", hint, error)
             case _:
                 self._arrived.append(message)
 

@@ -255,10 +255,10 @@ KINDS = (
     _Kind("a little precision of the cache", _smaller_cache),
     _Kind("the length of a conversation", _shorter_context),
     _Kind("precision", _fewer_bits),
-    _Kind("another engine", _another_engine, lambda found, asked: found.backend != asked.backend.name),
+    _Kind("the engine that was asked for", _another_engine, lambda found, asked: found.backend != asked.backend.name),
     _Kind("speed", _to_host, lambda found, asked: found.offloads),
     _Kind("speed", _to_disk, lambda found, asked: found.offloads),
-    _Kind("another card", _more_cards),
+    _Kind("what a card costs", _more_cards),
 )
 TO_BOTH = _Kind("speed", _to_both, lambda found, asked: found.offloads)  # where neither alone is enough
 TOGETHER = _Kind("all of it together", _everything)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import DoesNotFitError
+from orchestrator.errors import ConfigError, DoesNotFitError
 from orchestrator.hardware.host import disk_room
 from orchestrator.report.console import size
 
@@ -80,6 +81,25 @@ def output_need(output: Path, store: Path, parts: Sequence[Part], *, linked: boo
     if linked and device(output) == device(store):
         parts = ()
     return _need("output.path", output, [Part("for its copy", part.size, part.size) for part in parts[-1:]])
+
+
+def must_be_writable(needs: Sequence[Need]) -> None:
+    """Refuses a folder that cannot be made or written, where something has to be; leaves nothing there.
+
+    Raises:
+        ConfigError: with the reason, and what to do.
+    """
+    for need in needs:
+        if not need.bytes:
+            continue
+        try:
+            with tempfile.TemporaryFile(dir=existing(need.path)):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"{need.key}={need.path} cannot be written ({error.strerror})",
+                f"Set {need.key}=FOLDER to one that can.",
+            ) from None
 
 
 def must_have_room(needs: Sequence[Need]) -> None:

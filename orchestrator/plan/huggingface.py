@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.checkpoint.spec import ModelSpec, SpecTensor
+from orchestrator.engine.in_flight import Held
 from orchestrator.hardware import MIB, Hardware
 from orchestrator.plan.offload import BANDWIDTH, Offload, Piece, Spread, allowed, disk_room, spread
 from orchestrator.plan.types import Ask, Candidate, DeviceBytes
@@ -95,8 +97,8 @@ def _units(spec: ModelSpec, method: str, dtype: str, double: bool, stored: bool)
     first: dict[str, int] = {}
     layers: dict[int, tuple[str, int]] = {}
     last: dict[str, int] = {}
-    for tensor in spec.tensors:
-        size = tensor.nbytes if stored else tensor_bytes(tensor, method, dtype, double)
+    for tensor, count in _kinds(spec):
+        size = count * (tensor.nbytes if stored else tensor_bytes(tensor, method, dtype, double))
         if tensor.layer is not None:
             prefix = re.split(rf"(?<=\.{tensor.layer})\.", tensor.name, maxsplit=1)[0]
             layers[tensor.layer] = (prefix, layers.get(tensor.layer, ("", 0))[1] + size)
@@ -114,25 +116,54 @@ def _units(spec: ModelSpec, method: str, dtype: str, double: bool, stored: bool)
     )
 
 
-def scratch_bytes(spec: ModelSpec, ask: Ask, context: int) -> int:
-    """A bound on the activations of one prefill of `max_in_flight` sequences of `context` tokens.
+@functools.lru_cache(maxsize=8)
+def _kinds(spec: ModelSpec) -> tuple[tuple[SpecTensor, int], ...]:
+    """One tensor of each kind in each layer, and how many there are: of experts there may be tens of thousands."""
+    first: dict[Hashable, SpecTensor] = {}
+    count: Counter[Hashable] = Counter()
+    for tensor in spec.tensors:
+        kind: Hashable = tensor.name
+        if tensor.layer is not None and not tensor.parts:
+            kind = tensor.layer, tensor.role, tensor.shape, tensor.dtype, tensor.nbytes, tensor.name.endswith(FLOAT32)
+        first.setdefault(kind, tensor)
+        count[kind] += 1
+    return tuple((tensor, count[kind]) for kind, tensor in first.items())
+
+
+def scratch_bytes(spec: ModelSpec, ask: Ask | Candidate, sequences: int, context: int) -> int:
+    """A bound on the activations of one prefill of so many sequences of `context` tokens.
 
     Per token three hidden states, queries, keys and values and two rows of the MLP; the attention mask; float32
     logits of the last position, twice; for 4 bit, the largest linear dequantized.
     """
     size = DTYPE_BYTES[ask.dtype]
-    tokens = ask.max_in_flight * context
+    tokens = sequences * context
     attention = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
     activations = tokens * (3 * spec.hidden + attention + spec.mlp_elements) * size
-    mask = ask.max_in_flight * context * context * size
-    logits = 2 * ask.max_in_flight * spec.vocab * 4
+    mask = sequences * context * context * size
+    logits = 2 * sequences * spec.vocab * 4
     dequantized = _largest_linear(spec) * size if ask.method in ("nf4", "fp4") else 0
     return activations + mask + logits + dequantized
 
 
 @functools.lru_cache(maxsize=8)
 def _largest_linear(spec: ModelSpec) -> int:
-    return max((math.prod(t.shape) for t in spec.tensors if t.role == "linear"), default=0)
+    return max((math.prod(t.shape) for t, _ in _kinds(spec) if t.role == "linear"), default=0)
+
+
+def at_use(spec: ModelSpec, plan: Candidate, held: Held) -> dict[str, int]:
+    """Device -> what a plan comes to for the tokens that requests really held, bytes; never more than the plan.
+
+    Of the cache the share of its tokens, of the scratch that of their prompts, which are taken for equally long.
+    """
+    prompt = held.prompt_tokens // max(1, held.sequences)
+    unused = scratch_bytes(spec, plan, plan.max_in_flight, plan.max_context)
+    unused = max(0, unused - scratch_bytes(spec, plan, held.sequences, prompt))
+    room = plan.max_in_flight * plan.max_context
+    return {
+        device.device: device.total - unused - device.kv_cache * max(0, room - held.tokens) // room
+        for device in plan.computing
+    }
 
 
 def estimate(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
@@ -170,7 +201,7 @@ def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: Sequence[Unit],
 
 def _beside_the_model(spec: ModelSpec, hardware: Hardware, ask: Ask, context: int) -> tuple[int, int]:
     """(runtime, scratch) of each device that computes, bytes."""
-    scratch = scratch_bytes(spec, ask, context)
+    scratch = scratch_bytes(spec, ask, ask.max_in_flight, context)
     if not hardware.gpus:
         return HOST_RUNTIME["cpu"], scratch
     return CUDA_RUNTIME.get(ask.method, CUDA_RUNTIME[""]), scratch + CUBLAS_WORKSPACE
@@ -194,7 +225,7 @@ def _broken_rows(spec: ModelSpec, ask: Ask) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _broken_row(spec: ModelSpec) -> str | None:
-    return next((t.name for t in spec.tensors if t.role == "linear" and t.shape[-1] % QUANT_BLOCK), None)
+    return next((t.name for t, _ in _kinds(spec) if t.role == "linear" and t.shape[-1] % QUANT_BLOCK), None)
 
 
 def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, parts: Sequence[Unit], context: int) -> Candidate:
@@ -281,7 +312,7 @@ def _pieces(spec: ModelSpec, ask: Ask, context: int) -> list[Piece]:
 @functools.lru_cache(maxsize=8)
 def _copy_bytes(spec: ModelSpec, dtype: str) -> int:
     """A tensor on disk keeps the dtype of its file, and is converted where it computes: both are there for a moment."""
-    others = (t.nbytes for t in spec.tensors if t.role != "embedding" and t.dtype != STORED[dtype])
+    others = (t.nbytes for t, _ in _kinds(spec) if t.role != "embedding" and t.dtype != STORED[dtype])
     return max(others, default=0)
 
 

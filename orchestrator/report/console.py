@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +22,22 @@ _BAR = 20  # columns: with the numbers and a name it fits into 80
 
 def console(stream: Any = None) -> Console:
     """A rich console on stderr (or `stream`), as wide as the terminal, 110 columns where there is none."""
-    from rich.console import Console
 
     stream = sys.stderr if stream is None else stream
-    return Console(file=stream, width=None if stream.isatty() else 110, highlight=False, soft_wrap=False)
+    width = None if stream.isatty() else 110
+    return _console_class()(file=stream, width=width, highlight=False, soft_wrap=False)
+
+
+@functools.cache
+def _console_class() -> type[Console]:
+    from rich.console import Console
+
+    class Patient(Console):
+        def on_broken_pipe(self) -> None:
+            """Where the reader has gone is for the program to end; rich would exit here."""
+            raise BrokenPipeError
+
+    return Patient
 
 
 def size(count: float) -> str:

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 from orchestrator.backends.table import METHODS
 from orchestrator.config import Config
-from orchestrator.hardware import GIB
 from orchestrator.overrides import unquoted
 from orchestrator.plan.types import Candidate, DeviceBytes, Plan
 from orchestrator.report.console import size
-from orchestrator.report.tables import table
+from orchestrator.report.tables import gib, table
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-BAR = 48  # cells
+BAR = 48  # cells, where there is room for them
+LEAST_BAR = 10
 PARTS = (  # of a bar: shade, colour, name
     ("\u2588", "blue", "weights"),
     ("\u2593", "green", "KV cache"),
@@ -33,21 +33,22 @@ CHOOSES = {  # an engine, or a width, is chosen already where one of these was t
 EXAMPLE = "prompts.text=Hello"
 
 
-def gib(count: int) -> str:
-    """GiB without the unit, in at most six characters."""
-    number = count / GIB
-    return f"{number:.1f}" if abs(number) >= 10 else f"{number:.2f}" if abs(number) >= 0.1 else f"{number:.3f}"
+def candidates_table(plan: Plan, *, narrow: bool = False) -> Table:
+    """Every engine and width that was asked about, best first. It is readable at 80 columns.
 
-
-def candidates_table(plan: Plan) -> Table:
-    """Every engine and width that was asked about, best first. It is readable at 80 columns."""
+    Args:
+        narrow: without cache and scratch, for terminals of 60 columns.
+    """
+    fits = plan.chosen.fits
     made = table(
-        "What could run it, best first",
-        *("engine", "", "fits", "over", "weights", "cache", "scratch", "left", "context"),
+        "What could run it, best first" if fits else "What could run it with more memory, nearest first",
+        *("engine", "", "fits", "over", "weights", *(() if narrow else ("cache", "scratch")), "left", "context"),
         left=4,
+        gap=1 if narrow else 2,
     )
     for c in plan.candidates:
-        parts = (c.fullest.weights, c.fullest.kv_cache, c.fullest.scratch, c.fullest.left)
+        between = () if narrow else (c.fullest.kv_cache, c.fullest.scratch)
+        parts = (c.fullest.weights, *between, c.fullest.left)
         engine = c.backend + ("+" if c.needs else "" if c.installed else "*")
         context = str(c.largest_context) if c.largest_context else "-"
         cells = (engine, method_label(c), _fits(c), spread_label(c), *map(gib, parts), context)
@@ -57,7 +58,14 @@ def candidates_table(plan: Plan) -> Table:
 
 def legend(plan: Plan) -> Iterator[str]:
     """What is to be known to read the table of the candidates."""
-    yield "GiB on the fullest device; the largest context, of one answer at a time"
+    runs = plan.candidates
+    words = {
+        "TP: tensor-parallel": any(c.tensor_parallel > 1 for c in runs),
+        "PP: pipeline-parallel": any(c.pipeline_parallel > 1 for c in runs),
+        "host, disk: with weights kept there, which is slow": any(c.fits and c.offloads for c in runs),
+    }
+    said = [text for text, is_there in words.items() if is_there]
+    yield "; ".join(("GiB on the fullest device; the largest context, of one answer at a time", *said))
     if needs := ", ".join(dict.fromkeys(method_label(c) for c in plan.candidates if c.needs)):
         yield f"+ from a checkpoint in {needs}, which this version does not make"
 
@@ -87,48 +95,59 @@ def _fits(candidate: Candidate) -> str:
     return "disk" if candidate.disk else "host"
 
 
-def bars(candidate: Candidate) -> Iterator[Text]:
+def bars(candidate: Candidate, width: int = 110) -> Iterator[Text]:
     """A bar for each GPU (or for the host where there is none), and what its shades mean."""
     from rich.text import Text
 
     devices = candidate.computing
     whole = max(max(device.capacity, device.total) for device in devices)
-    for device in devices:
+    numbers = [f"  {_used(device)}" for device in devices]
+    bar = max(LEAST_BAR, min(BAR, width - 8 - max(map(len, numbers))))
+    for device, number in zip(devices, numbers, strict=True):
         line = Text(f"{device.device:<8}")
-        for (shade, colour, _), cells in zip(PARTS, _cells(device, whole), strict=True):
+        for (shade, colour, _), cells in zip(PARTS, _cells(device, whole, bar), strict=True):
             line.append(shade * cells, style=colour)
-        over = device.total > device.capacity
-        line.append(f"  {size(device.total)} of {size(device.capacity)}", style="red" if over else "")
+        line.append(number, style="red" if device.left < 0 else "")
         yield line
     shades = Text(" " * 8)
-    for shade, colour, name in PARTS:
-        shades.append(shade, style=colour)
-        shades.append(f" {name}  ")
+    for i, (shade, colour, name) in enumerate(PARTS):
+        shades.append("  " * bool(i) + shade, style=colour)
+        shades.append(f" {name}")
     yield shades
 
 
-def _cells(device: DeviceBytes, whole: int) -> list[int]:
-    """How many cells each part gets, so that their ends are where they belong."""
+def _used(device: DeviceBytes) -> str:
+    """ "23.00 GiB of 23.09 GiB"."""
+    return f"{size(device.total)} of {size(device.capacity)}{', too much' if device.left < 0 else ''}"
+
+
+def _cells(device: DeviceBytes, whole: int, bar: int) -> list[int]:
+    """How many cells of a bar each part gets, so that their ends are where they belong."""
     parts = (device.weights, device.kv_cache, device.scratch, device.runtime, max(0, device.left))
-    ends = [round(sum(parts[: i + 1]) / whole * BAR) for i in range(len(parts))]
+    ends = [round(sum(parts[: i + 1]) / whole * bar) for i in range(len(parts))]
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-def changes_table(plan: Plan) -> Table:
-    """What to change, cheapest first, and what it comes to."""
+def changes_table(plan: Plan, *, narrow: bool = False) -> Table:
+    """What to change, cheapest first, and what it comes to.
+
+    Args:
+        narrow: a setting a line, and what is left without what it takes, for terminals of 60 columns.
+    """
     made = table(
         "What to change, cheapest first",
-        *("change", "gives up", "then", "GiB", "left", "context"),
+        *("change", "gives up", "then", *(() if narrow else ("GiB",)), "left", "context"),
         left=3,
-        folded=("change", "gives up"),
+        folded=("gives up", "then") if narrow else ("gives up",),
+        gap=1 if narrow else 2,
     )
     for change in plan.changes:
         found = change.candidate
         then = f"{found.backend} {method_label(found)}"
-        cells = (gib(found.fullest.total), gib(found.fullest.left), str(found.max_context))
-        made.add_row(change.label, change.costs, then, *cells)
-    # To be copied: no setting is cut in two, however narrow the terminal is.
-    made.columns[0].min_width = max((len(word) for c in plan.changes for word in c.label.split()), default=0)
+        total = () if narrow else (gib(found.fullest.total),)
+        # To be copied: no setting is cut in two, however narrow the terminal is.
+        label = "\n".join((*change.cards.split(" (")[:1], *change.settings)).strip() if narrow else change.label
+        made.add_row(label, change.costs, then, *total, gib(found.fullest.left), str(found.max_context))
     return made
 
 

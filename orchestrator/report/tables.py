@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.calibration import ASKED
 from orchestrator.checkpoint.spec import ModelSpec
-from orchestrator.hardware import MIB, Hardware, Holder
+from orchestrator.hardware import GIB, MIB, Hardware, Holder
 from orchestrator.plan.types import Candidate
 from orchestrator.report.console import size
 
@@ -18,18 +18,35 @@ if TYPE_CHECKING:
 WORTH_SAYING = 256 * MIB  # held on a GPU by nobody that can be named: less is the driver's bookkeeping
 
 
-def table(title: str, *columns: str, left: int = 1, folded: tuple[str, ...] = ()) -> Table:
-    """An empty table that is readable at 80 columns.
+def fitting(width: int, *versions: Table) -> Table:
+    """The first of these that is whole in so many columns, else the last: of one table, the wider versions first."""
+    return next((made for made in versions if least_width(made) <= width), versions[-1])
+
+
+def least_width(made: Table) -> int:
+    """Columns in which each cell of a table is whole, and of one that may be folded each word."""
+    widths = []
+    for column in made.columns:
+        cells = [str(cell) for cell in (column.header, *column.cells)]
+        parts = cells if column.no_wrap else [word for cell in cells for word in cell.split()]
+        widths.append(max(map(len, parts), default=0))
+    gap = 1 + made.padding[1]
+    return sum(widths) + gap * (len(widths) - 1)
+
+
+def table(title: str, *columns: str, left: int = 1, folded: tuple[str, ...] = (), gap: int = 2) -> Table:
+    """An empty table.
 
     Args:
         left: so many columns hold words, aligned at the left; the others hold numbers.
         folded: columns whose cells may take several lines where the terminal is narrow.
+        gap: blanks between two columns.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
-    made.padding, made.pad_edge, made.show_edge = (0, 1, 0, 0), False, False
+    made.padding, made.pad_edge, made.show_edge = (0, gap - 1, 0, 0), False, False
     for i, column in enumerate(columns):
         # What a narrower terminal has no room for is seen to be cut off: -122… is not -122.
         fold = column in folded
@@ -61,8 +78,14 @@ def hardware_line(hardware: Hardware) -> str:
     host = f"{size(hardware.host_available)} of {size(hardware.host_total)} host memory free, {hardware.cpus} CPUs"
     if not hardware.gpus:
         return f"no GPU; {host}"
-    counted = Counter(f"{gpu.name} with {size(gpu.free)} free" for gpu in hardware.gpus)
-    return f"{', '.join(f'{count} x {gpu}' for gpu, count in counted.items())}; {host}"
+    counted = Counter((gpu.name, gpu.free) for gpu in hardware.gpus)
+    return f"{', '.join(_cards(name, free, count) for (name, free), count in counted.items())}; {host}"
+
+
+def _cards(name: str, free: int, count: int) -> str:
+    """ "4 x 24 GiB cards with 23.56 GiB free each"; the name of a real card has no plural."""
+    plural = "s" if count > 1 and name.endswith(" card") else ""
+    return f"{count} x {name}{plural} with {size(free)} free{' each' if count > 1 else ''}"
 
 
 def held_lines(hardware: Hardware) -> list[str]:
@@ -82,12 +105,26 @@ def _holder(holder: Holder) -> str:
     return f"{holder.name} (pid {holder.pid}{ours})" if holder.name else f"pid {holder.pid}{ours}"
 
 
-def plan_table(candidate: Candidate) -> Table:
-    """Bytes per device of the chosen candidate against what is there."""
+def gib(count: int) -> str:
+    """GiB without the unit, in at most six characters."""
+    number = count / GIB
+    return f"{number:.1f}" if abs(number) >= 10 else f"{number:.2f}" if abs(number) >= 0.1 else f"{number:.3f}"
+
+
+def plan_table(candidate: Candidate, *, narrow: bool = False) -> Table:
+    """Bytes per device of the chosen candidate against what is there.
+
+    Args:
+        narrow: in GiB, for terminals of 60 columns.
+    """
     made = table(
-        f"Plan: {candidate.label}, {candidate.dtype}, {candidate.max_in_flight} in flight, "
-        f"context {candidate.max_context}",
-        *("device", "weights", "KV cache", "scratch", "runtime", "total", "free", "left"),
+        f"{'Plan' if candidate.fits else 'Does not fit'}: {candidate.label}, {candidate.dtype}, "
+        f"{candidate.max_in_flight} in flight, context {candidate.max_context}{', in GiB' if narrow else ''}",
+        "device",
+        "weights",
+        "cache" if narrow else "KV cache",
+        *("scratch", "runtime", "total", "free", "left"),
+        gap=1 if narrow else 2,
     )
     for device in candidate.devices:
         left = device.capacity - device.total
@@ -100,7 +137,7 @@ def plan_table(candidate: Candidate) -> Table:
             device.capacity,
         )
         style = "" if left >= 0 else "red"
-        made.add_row(device.device, *map(short, (*cells, left)), style=style)
+        made.add_row(device.device, *map(gib if narrow else short, (*cells, left)), style=style)
     return made
 
 

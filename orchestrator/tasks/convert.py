@@ -18,7 +18,7 @@ from orchestrator.backends.table import BACKENDS
 from orchestrator.config import Config, folder
 from orchestrator.errors import ConfigError, RequestError
 from orchestrator.pipeline import Model, Source, disk_needs, merged, prepare
-from orchestrator.plan.disk import existing, must_have_room
+from orchestrator.plan.disk import existing, must_be_writable, must_have_room
 from orchestrator.report.console import note
 from orchestrator.runfolder import RunFolder
 from orchestrator.tasks.session import bring, has_room, look
@@ -71,7 +71,9 @@ def _merged(config: Config, run: RunFolder) -> tuple[Source, Model]:
     """The merged (or converted) model, of any architecture."""
 
     def check(source: Source) -> None:
-        must_have_room(disk_needs(config, source, None))
+        needs = disk_needs(config, source, None)
+        must_be_writable(needs)
+        must_have_room(needs)
 
     config, source = bring(config, check)
     check(source)

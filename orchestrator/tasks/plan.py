@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from orchestrator.backends.table import BACKENDS
 from orchestrator.config import Config
 from orchestrator.engine.interpreters import how_to_install
-from orchestrator.plan.types import Candidate
+from orchestrator.plan.disk import must_be_writable
+from orchestrator.plan.types import Candidate, Plan
 from orchestrator.report.console import console
 from orchestrator.report.plan import bars, candidates_table, changes_table, command, legend
+from orchestrator.report.tables import fitting
 from orchestrator.runfolder import RunFolder
 from orchestrator.tasks.session import Planned, fits, look, show_plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 
 def plan(config: Config, folder: RunFolder) -> None:
@@ -20,6 +27,7 @@ def plan(config: Config, folder: RunFolder) -> None:
 
     Raises:
         DoesNotFitError: nothing that was asked for fits.
+        ConfigError: what has to be written cannot be, on this machine.
     """
     planned = look(config, planning=True, download=False, bare=True)
     chosen = planned.plan.chosen
@@ -27,15 +35,21 @@ def plan(config: Config, folder: RunFolder) -> None:
     folder.write("plan.json", planned.to_json() | {"command": run})
     show_plan(planned, chosen)
     out = console(sys.stdout)
-    out.print(*bars(chosen), "", sep="\n")
-    out.print(candidates_table(planned.plan))
+    out.print(*bars(chosen, out.width), "", sep="\n")
+    out.print(_fitting(out, planned.plan, candidates_table))
     for text in (*legend(planned.plan), *_missing(planned), ""):
         out.print(text, markup=False, soft_wrap=True)
     if planned.plan.changes:
-        out.print(changes_table(planned.plan))
+        out.print(_fitting(out, planned.plan, changes_table))
     for text in _to_run(planned, config):
         out.print(text, markup=False, soft_wrap=True)
     fits(planned)
+    if not planned.elsewhere:
+        must_be_writable(planned.disk)
+
+
+def _fitting(out: Console, plan: Plan, table: Callable[..., Table]) -> Table:
+    return fitting(out.width, table(plan), table(plan, narrow=True))
 
 
 def _to_run(planned: Planned, config: Config) -> Iterator[str]:

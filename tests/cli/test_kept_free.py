@@ -23,8 +23,11 @@ def test_a_run_says_what_it_keeps_free_and_keeps_what_it_took(shared: Orchestrat
     assert re.fullmatch(r"kept free: \S+ MiB \(\w+ was never measured on this CPU\)", kept(default_run))
     plan, measured = default_run.json("plan.json"), default_run.json("result.json")["measured"]
     line = read_lines(shared.store / NAME)[0]
-    assert line["devices"] == measured["memory"]
     (device,) = line["devices"]
+    assert [{key: value for key, value in device.items() if key != "comparable"}] == measured["memory"]
+    # Eight short answers: a part of the context that was planned.
+    assert plan["host"]["weights"] + plan["host"]["runtime"] < device["comparable"] < device["predicted"]
+    assert line["ended"] == "well"
     assert (device["device"], device["kind"], device["by"]) == ("cpu", "cpu", "process")
     assert device["predicted"] == plan["host"]["total"]
     assert 100 << 20 < device["measured"] < measured["host_peak_bytes"] == device["own"]

@@ -32,6 +32,48 @@ def test_a_reader_that_goes_away_costs_no_answer(orchestrator: Orchestrator, def
     assert json.loads((run / "status.json").read_text())["state"] == "done"
 
 
+def test_a_reader_that_goes_away_from_a_plan_ends_it_quietly(orchestrator: Orchestrator) -> None:
+    for argv in (["task=plan"], ["--help"]):
+        done = shell(orchestrator, argv, "2>err | true; exit ${PIPESTATUS[0]}", PYTHONUNBUFFERED="1")
+        assert done.returncode == 141, done.stderr
+        said = (orchestrator.folder / "err").read_text()
+        assert not any(word in said.lower() for word in ("error", "traceback", "pipe"))
+    [run] = orchestrator.runs.iterdir()
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("interrupted", 141)
+    assert (run / "plan.json").exists()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("argv", [["task=plan"], ["task=artifacts"], ["--help"], ["--version"], ["--cfg", "job"]])
+def test_a_full_device_costs_one_line(orchestrator: Orchestrator, argv: list[str], unbuffered: str) -> None:
+    done = shell(orchestrator, argv, "> /dev/full", PYTHONUNBUFFERED=unbuffered)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: cannot write to the output: No space left on device"
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_errors_that_nobody_can_be_told_end_it_too(orchestrator: Orchestrator) -> None:
+    done = shell(orchestrator, ["task=plan"], "2> /dev/full")
+    assert (done.returncode, done.stderr) == (1, "")
+    done = shell(orchestrator, ["task=foo"], "2> /dev/full")
+    assert (done.returncode, done.stderr) == (2, "")
+
+
+def test_answers_that_cannot_be_shown_are_kept(orchestrator: Orchestrator, merged: Path) -> None:
+    argv = [f"model.path={merged}", "prompts.text=[one, two]", "generation.max_tokens=4"]
+    done = shell(orchestrator, argv, "> /dev/full")
+    assert done.returncode == 1
+    [run] = orchestrator.runs.iterdir()
+    answers = run / "answers.jsonl"
+    said = f"cannot write to the output: No space left on device. All answers are in {answers}."
+    assert done.stderr.splitlines()[-1] == f"error: {said}"
+    assert len(read_lines(answers)) == 2
+    assert (run / "result.json").exists()
+    assert json.loads((run / "status.json").read_text())["error"] == said
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-"])
 def test_a_closed_stream_is_nowhere(orchestrator: Orchestrator, closed: str) -> None:
     done = shell(orchestrator, ["task=plan"], closed)
@@ -66,6 +108,38 @@ def test_an_awkward_value_costs_one_line(orchestrator: Orchestrator, argv: list[
     done = orchestrator(*argv)
     assert done.code == 2, done.err
     assert said in done.error
+
+
+@pytest.mark.parametrize("task", ["plan", "run", "convert"])
+@pytest.mark.parametrize("folder", ["file", "file/x", "/proc/foo/bar"])
+def test_a_store_that_cannot_be_written_is_told_by_the_plan_too(
+    orchestrator: Orchestrator, task: str, folder: str
+) -> None:
+    (orchestrator.folder / "file").write_text("")
+    done = orchestrator(f"task={task}", f"paths.artifacts={folder}")
+    path = orchestrator.folder / folder
+    assert done.code == 2
+    assert done.error.startswith(f"error: paths.artifacts={path} cannot be written (")
+    assert done.error.endswith("Set paths.artifacts=FOLDER to one that can.")
+    assert "merging" not in done.err
+    assert done.json("status.json")["exit_code"] == 2
+    if task == "plan":
+        assert "What could run it, best first" in done.out  # all that it has to say all the same
+        assert done.json("plan.json")["fits"]
+
+
+def test_a_plan_leaves_nothing_in_the_store(orchestrator: Orchestrator) -> None:
+    store = orchestrator.folder / "new" / "store"
+    assert orchestrator("task=plan", f"paths.artifacts={store}").code == 0
+    assert not (orchestrator.folder / "new").exists()
+
+
+@pytest.mark.parametrize("folder", ["file", "file/x", "/proc/foo"])
+def test_runs_that_cannot_be_kept_are_told(orchestrator: Orchestrator, folder: str) -> None:
+    (orchestrator.folder / "file").write_text("")
+    done = orchestrator("task=plan", f"paths.runs={folder}")
+    assert done.code == 2
+    assert done.error.endswith("Set paths.runs=FOLDER to one that can be written.")
 
 
 @pytest.mark.parametrize("output", ["file/x", "x" * 300, "/proc/foo/bar"])

@@ -26,6 +26,11 @@ class Fake:
                 {}["rope"]
             except KeyError as error:
                 raise RuntimeError("Engine core initialization failed. See root cause above") from error
+        if self.fault == "full":
+            try:
+                raise MemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            except MemoryError as error:
+                raise RuntimeError("a kernel failed") from error
         if self.fault == "package":
             import a_package_that_is_not_there  # noqa: F401
         if self.fault == "exit":

@@ -23,8 +23,9 @@ from asking import FAKE, Answer, answer, make_plan
 from orchestrator.backends.protocol import Delta, Finished, LoadPlan, Request
 from orchestrator.engine import wire
 from orchestrator.engine.handle import EngineProcess
+from orchestrator.engine.in_flight import Held
 from orchestrator.engine.process import ChildProcess, child_environment
-from orchestrator.errors import EngineError, EngineUnavailableError, RequestError
+from orchestrator.errors import EngineError, EngineUnavailableError, OutOfMemoryError, RequestError
 
 Start = Callable[..., EngineProcess]
 SOON = 5.0  # seconds in which a death must be noticed
@@ -171,6 +172,7 @@ def test_tokens_of_quick_steps_travel_together(start: Start) -> None:
         ("infinite", EngineError, "not finite"),
         ("chained", EngineError, r"See root cause above, because of KeyError: 'rope'"),
         ("package", EngineUnavailableError, "No module named 'a_package_that_is_not_there'"),
+        ("full", OutOfMemoryError, "stopped while loading: .*, because of MemoryError: CUDA out of memory"),
         ("exit", EngineError, "exited with code 3 while loading; its last words: no such kernel"),
     ],
 )
@@ -191,6 +193,16 @@ def test_a_death_in_the_middle_of_an_answer(start: Start, fault: str, message: s
     process.wait_ready(timeout=20)
     process.submit(Request("a", [1] * 100, 100))
     assert message in str(read_until_error(process))
+
+
+def test_what_requests_held_at_most_is_known(start: Start) -> None:
+    process = start(fake_plan("quick"), FAKE)
+    process.wait_ready(timeout=20)
+    for name, prompt, made in (("a", 100, 30), ("b", 40, 5)):
+        process.submit(Request(name, [1] * prompt, made))
+        while not any(isinstance(event, Finished) for event in process.events()):
+            pass
+    assert process.held == Held(1, 100, 130)
 
 
 def test_what_was_answered_before_an_engine_fails_is_answered(start: Start) -> None:

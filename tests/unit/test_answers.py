@@ -82,6 +82,7 @@ def test_a_damaged_line_in_the_middle_is_refused_with_its_number(path: Path, dam
 
 def test_answers_are_shown_in_order_while_the_first_one_streams(capsys: pytest.CaptureFixture[str]) -> None:
     shown = InOrder([prompt(i) for i in range(3)])
+    shown.begin()
     shown.text("1", "B1")
     shown.text("0", "A1 ")
     assert capsys.readouterr().out == "> question 0\nA1 "

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from composing import composed
 from small_models import LLAMA_7B, LLAMA_70B
 
 from orchestrator.backends.vllm_rules import cuda_runtime, utilization
-from orchestrator.calibration import LINES, NAME, TAIL_BYTES, append, margins, read
+from orchestrator.calibration import LINES, NAME, OUT_OF_MEMORY, TAIL_BYTES, append, margins, read
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
+from orchestrator.engine.in_flight import Held
 from orchestrator.hardware import GIB, MIB, Gpu, Hardware
+from orchestrator.plan.huggingface import at_use
 from orchestrator.plan.planner import make_plan
 from orchestrator.plan.types import Candidate
 from orchestrator.report.tables import margin_line
@@ -34,8 +37,23 @@ def machine(*gib: float, host: float = 64) -> Hardware:
 
 def line(*missed: int, engine: str = "bitsandbytes", kind: str = CARD, together: bool = False) -> dict[str, Any]:
     """A run on so many devices, each of which took so many MiB more than was planned."""
-    devices = [{"kind": kind, "predicted": 20 * GIB, "measured": 20 * GIB + m * MIB} for m in missed]
+    devices = [
+        {"kind": kind, "predicted": 30 * GIB, "comparable": 20 * GIB, "measured": 20 * GIB + m * MIB} for m in missed
+    ]
     return {"engine": engine, "together": together, "devices": devices}
+
+
+def old_line(missed: int, engine: str = "bitsandbytes") -> dict[str, Any]:
+    """The same as it was before it was known what had been held."""
+    devices = [{"kind": CARD, "predicted": 20 * GIB, "measured": 20 * GIB + missed * MIB}]
+    return {"engine": engine, "together": False, "devices": devices}
+
+
+def full_line(margin: int, beyond: int | None = None, engine: str = "bitsandbytes") -> dict[str, Any]:
+    """A run that ran out of memory with so many MiB kept free, and so many held beyond its plan."""
+    measured = None if beyond is None else 20 * GIB + beyond * MIB
+    device = {"kind": CARD, "predicted": 20 * GIB, "margin": margin * MIB, "measured": measured}
+    return {"engine": engine, "ended": OUT_OF_MEMORY, "together": False, "devices": [device]}
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +126,48 @@ def test_of_several_cards_the_worst_counts_and_of_a_group_the_mean(tmp_path: Pat
     assert margins(tmp_path, machine(80), "exllamav2")["cuda:0"].bytes == int(220 * MIB)
 
 
+def test_an_old_line_lowers_nothing_where_memory_grows_with_what_is_held(tmp_path: Path) -> None:
+    for _ in range(3):
+        append(tmp_path, old_line(-5000))
+        append(tmp_path, old_line(-5000, engine="exllamav2"))
+    found = margins(tmp_path, machine(80), "bitsandbytes")["cuda:0"]
+    assert (found.bytes, found.source) == (int(0.02 * 80 * GIB), "never measured on this card")
+    assert margins(tmp_path, machine(80), "exllamav2")["cuda:0"].bytes == int(64 * MIB * 1.1)
+    for _ in range(3):
+        append(tmp_path, old_line(3000))
+    assert margins(tmp_path, machine(80), "bitsandbytes")["cuda:0"].bytes == int(3300 * MIB)
+
+
+def test_a_run_that_ran_out_of_memory_counts_at_once(tmp_path: Path) -> None:
+    append(tmp_path, full_line(1638))
+    found = margins(tmp_path, machine(80), "bitsandbytes")["cuda:0"]
+    assert found.bytes == 2 * 1638 * MIB
+    assert found.source == "never measured on this card; out of memory there in 1 run"
+    for _ in range(3):
+        append(tmp_path, line(100))
+    append(tmp_path, full_line(10))
+    found = margins(tmp_path, machine(80), "bitsandbytes")["cuda:0"]
+    assert found.bytes == 2 * 1638 * MIB
+    assert found.source == "measured in 3 runs on this card; out of memory there in 2 runs"
+    assert margins(tmp_path, machine(80), "transformers")["cuda:0"].source == "never measured on this card"
+
+
+def test_each_time_out_of_memory_keeps_more_and_never_the_most_of_a_card(tmp_path: Path) -> None:
+    seen = [margins(tmp_path, machine(24), "vllm")["cuda:0"].bytes]
+    for _ in range(6):
+        append(tmp_path, full_line(seen[-1] // MIB, engine="vllm"))
+        seen.append(margins(tmp_path, machine(24), "vllm")["cuda:0"].bytes)
+    assert all(later > before or later == 6 * GIB for before, later in pairwise(seen))
+    assert seen[-1] == 6 * GIB
+
+
+def test_what_was_held_beyond_the_plan_is_kept_after_an_end_without_memory(tmp_path: Path) -> None:
+    append(tmp_path, full_line(0, 5000))
+    assert margins(tmp_path, machine(80), "bitsandbytes")["cuda:0"].bytes == 5000 * MIB
+    append(tmp_path, full_line(0, -5000, engine="vllm"))  # and nothing was kept: what nobody has measured is
+    assert margins(tmp_path, machine(80), "vllm")["cuda:0"].bytes == int(0.02 * 80 * GIB)
+
+
 # The record
 
 
@@ -131,6 +191,9 @@ BROKEN = [
         )
     ),
     '{"engine": "vllm", "together": false, "devices": [{"kind": "x", "predicted": NaN, "measured": 1e999}]}',
+    json.dumps(line(100) | {"devices": [{"kind": CARD, "predicted": 5, "measured": 5, "comparable": None}]}),
+    json.dumps(full_line(5) | {"devices": [{"kind": CARD, "predicted": 5, "measured": None, "margin": "5"}]}),
+    json.dumps(full_line(5) | {"devices": [{"kind": CARD, "predicted": 5, "measured": None}]}),
     "[" * 100_000,
     "\x00\xff not UTF-8",
 ]
@@ -196,6 +259,31 @@ def test_what_cannot_be_written_raises(tmp_path: Path) -> None:
 
 
 # The plan
+
+
+@pytest.mark.parametrize("argv", [["backend=bitsandbytes", "quant.bits=4"], ["backend=transformers"]])
+def test_a_run_is_compared_with_the_plan_of_what_it_held(tmp_path: Path, spec: ModelSpec, argv: list[str]) -> None:
+    chosen = planned(tmp_path, spec, machine(80), *argv, "model.max_context=4096", "run.in_flight=4")
+    (gpu,) = chosen.gpus
+    held = Held(4, 4 * 1000, 4 * 1024)
+    quarter = planned(tmp_path, spec, machine(80), *argv, "model.max_context=1000", "run.in_flight=4").gpus[0]
+    assert at_use(spec, chosen, held) == {"cuda:0": quarter.total + (gpu.kv_cache // 4 - quarter.kv_cache)}
+    assert at_use(spec, chosen, Held(4, 4 * 4096, 4 * 4096)) == {"cuda:0": gpu.total}
+    assert at_use(spec, chosen, Held(9, 9 * 4096, 9 * 4096)) == {"cuda:0": gpu.total}  # never more than the plan
+    nothing = at_use(spec, chosen, Held())["cuda:0"]
+    assert gpu.weights + gpu.runtime <= nothing < gpu.total - gpu.kv_cache
+
+
+def test_short_runs_do_not_make_room(tmp_path: Path, spec: ModelSpec) -> None:
+    argv = ("backend=bitsandbytes", "quant.bits=4")
+    chosen = planned(tmp_path, spec, machine(24), *argv)
+    (gpu,) = chosen.gpus
+    used = at_use(spec, chosen, Held(1, 100, 200))["cuda:0"]
+    for _ in range(3):  # each took 500 MiB more than its share of the plan, and far less than the plan
+        device = {"kind": CARD, "predicted": gpu.total, "measured": used + 500 * MIB, "comparable": used}
+        append(tmp_path, {"engine": "bitsandbytes", "together": False, "devices": [device]})
+    assert used + 500 * MIB < gpu.total
+    assert planned(tmp_path, spec, machine(24), *argv).margin == int(550 * MIB)
 
 
 @pytest.mark.parametrize("argv", [["backend=bitsandbytes", "quant.bits=4"], ["backend=exllamav2", "quant.bits=4"]])

@@ -70,6 +70,13 @@ def test_a_plan_of_packed_weights_loads_no_engine(tmp_path: Path) -> None:
     assert not modules & ENGINES
 
 
+def test_a_plan_of_headers_looks_at_no_data(tmp_path: Path) -> None:
+    model = small_models.write_headers(tmp_path / "model", small_models.Llama())
+    code, modules = modules_after(tmp_path, "task=plan", f"model.path={model}", "hardware=4x24gb")
+    assert code == 0
+    assert "numpy" not in modules
+
+
 def test_a_checkpoint_that_is_refused_loads_no_engine(tmp_path: Path) -> None:
     code, modules = modules_after(tmp_path, f"model.path={tmp_path}", "prompts.text=hi")
     assert code == 2

@@ -29,7 +29,7 @@ from orchestrator.report import merge as merge_report
 from orchestrator.report.console import size
 from orchestrator.report.plan import BAR as BAR_CELLS
 from orchestrator.report.plan import bars, candidates_table, changes_table, legend
-from orchestrator.report.tables import plan_table, short
+from orchestrator.report.tables import fitting, hardware_line, plan_table, short
 
 ROOT = Path(__file__).parents[2]
 BAR = """
@@ -122,6 +122,40 @@ def test_what_to_change_has_a_line_each(plan: Plan) -> None:
     text = "\n".join(lines(changes_table(replace(plan, changes=changes))))
     assert re.search(r"cache\.bits=4 +a little.* exllamav2 EXL2 4\.65 +\d", text)
     assert "2 more such cards" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_whole_plan_is_whole_on_any_terminal(plan: Plan, width: int) -> None:
+    offload = ("backend=transformers", "quant.bits=16", "offload.folder=/path")
+    costs = "113.52 GiB on disk: at most 0.012 tokens/s"
+    changes = (
+        Change(offload, "", costs, plan.chosen),
+        Change((), "2 more such cards (4 in all)", "money", plan.chosen),
+    )
+    unfit = replace(plan, chosen=replace(plan.chosen, fits=False), changes=changes)
+    made = [
+        (plan_table(unfit.chosen), plan_table(unfit.chosen, narrow=True)),
+        (candidates_table(unfit), candidates_table(unfit, narrow=True)),
+        (changes_table(unfit), changes_table(unfit, narrow=True)),
+    ]
+    shown = [lines(fitting(width, *versions), width) for versions in made]
+    assert all(len(line) <= width and "\u2026" not in line for table in shown for line in table)
+    assert shown[0][0].startswith("Does not fit: bitsandbytes int8")
+    assert shown[1][0] == "What could run it with more memory, nearest first"
+    for setting in (*offload, "2 more such cards"):
+        assert any(setting in line for line in shown[2])
+    assert all(len(line.plain) <= width for line in bars(plan.chosen, width))
+
+
+def test_a_machine_is_said_in_plain_words(plan: Plan) -> None:
+    hardware = plan.hardware
+    assert hardware is not None
+    assert hardware_line(hardware).startswith("4 x 24 GiB cards with 23.56 GiB free each; ")
+    gpu = hardware.gpus[0]
+    assert hardware_line(replace(hardware, gpus=(gpu,))).startswith("1 x 24 GiB card with 23.56 GiB free; ")
+    real = tuple(replace(gpu, name="NVIDIA L4", free=free << 30) for free in (20, 20, 9))
+    said = "2 x NVIDIA L4 with 20.00 GiB free each, 1 x NVIDIA L4 with 9.00 GiB free; "
+    assert hardware_line(replace(hardware, gpus=real)).startswith(said)
 
 
 @pytest.mark.parametrize(
