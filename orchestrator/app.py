@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 # Strings: a task's module is imported when it is asked for.
+INSTALL = (
+    "Install the program with its packages (python -m pip install -e . in its folder), or type that python's path."
+)
 TASKS = {
     "run": "orchestrator.tasks.run:run",
     "plan": "orchestrator.tasks.plan:plan",
@@ -62,6 +65,11 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except BrokenPipeError:  # whoever read our output has gone: `... | head`
         return READER_GONE
+    except ModuleNotFoundError as error:
+        if error.name not in ("hydra", "omegaconf"):
+            raise
+        print(f"error: {error.name} is not installed for {sys.executable}. {INSTALL}", file=sys.stderr)
+        return EngineUnavailableError.exit_code
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # everything is closed: a second Ctrl-C has nothing to stop
         print("\ninterrupted", file=sys.stderr)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ ENOUGH = 3  # runs of an engine on one kind of device, from which its margin is 
 LEAST = 64 * MIB  # of a learned margin
 MORE = 1.1  # the next run may miss by a little more than the worst so far
 AGAIN = 2  # of the margin with which an engine ran out of memory
-OUT_OF_MEMORY = "out of memory"  # how such a run ended
+WELL, OUT_OF_MEMORY = "well", "out of memory"  # how a run ended; lines that do not say it are older, and ended well
 SHARE = 0.02  # of a device, where the engine was not measured
 LEAST_UNMEASURED = {"cuda": 300 * MIB, "cpu": 0}  # a host can be small, and its kernel has ways out that a GPU lacks
 MOST = 4  # no margin takes more than one such part of a device: a plan that is further off is wrong elsewhere
@@ -96,8 +97,9 @@ def margin(history: History, engine: str, kind: str, called: str, capacity: int,
         capacity: bytes that are free there.
         least: bytes to keep where the engine was not measured.
     """
-    missed = history.missed.get((engine, kind), ())
-    full = history.full.get((engine, kind), ())
+    # More than the whole device is nothing that was measured on one like it.
+    missed = [size for size in history.missed.get((engine, kind), ()) if size < capacity]
+    full = [size for size in history.full.get((engine, kind), ()) if size < capacity]
     count = f"measured in {_runs(missed)} on this {called}"
     if len(missed) >= ENOUGH:
         size, source = int(max(LEAST, *missed) * MORE), count
@@ -150,6 +152,8 @@ def read(root: Path) -> History:
         status = path.stat()
     except OSError:
         return History({})
+    if not stat.S_ISREG(status.st_mode):  # a pipe would wait for a writer
+        return History({})
     return _read(path, status.st_mtime_ns, status.st_size)
 
 
@@ -166,9 +170,11 @@ def _read(path: Path, changed: int, size: int) -> History:
     full: dict[tuple[str, str], tuple[float, ...]] = {}
     skipped = 0
     for text in lines[1 if start else 0 :][-LINES:]:
+        if not text.strip():
+            continue
         try:
             line = json.loads(text)
-            ran_out = line.get("ended") == OUT_OF_MEMORY
+            ran_out = _ran_out(line)
             found = _by_kind(line, _to_keep if ran_out else _missed)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             skipped += 1
@@ -177,6 +183,14 @@ def _read(path: Path, changed: int, size: int) -> History:
         for key, count in found.items():
             kept[key] = (*kept.get(key, ()), count)
     return History(missed, full, skipped)
+
+
+def _ran_out(line: Any) -> bool:
+    """Raises ValueError for a way to end that is not known here, AttributeError for what is no record."""
+    ended = line.get("ended", WELL)
+    if ended not in (WELL, OUT_OF_MEMORY):
+        raise ValueError("no known end")
+    return bool(ended == OUT_OF_MEMORY)
 
 
 def _by_kind(line: Any, count: Callable[[str, Any], int | None]) -> dict[tuple[str, str], float]:
@@ -195,7 +209,9 @@ def _by_kind(line: Any, count: Callable[[str, Any], int | None]) -> dict[tuple[s
     for device in line["devices"]:
         if (found := count(engine, device)) is not None:
             by_kind.setdefault(_name(device["kind"]), []).append(found)
-    worst = fmean if line["together"] is True else max
+    if type(line["together"]) is not bool or not line["devices"]:
+        raise TypeError("no record")
+    worst = fmean if line["together"] else max
     return {(engine, kind): worst(sizes) for kind, sizes in by_kind.items()}
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from orchestrator.config import did_you_mean, keys
+from orchestrator.config import Config, did_you_mean, get, keys
 from orchestrator.errors import ConfigError, RequestError
 
 # Hydra's own flags that take a value of their own.
@@ -35,6 +35,7 @@ VERBATIM = {
 }
 TEXTS = {"prompts.text", "server.api_key"}  # those that are no paths
 PATH_KEYS = tuple(sorted(VERBATIM - TEXTS))
+MOST_OF_A_NAME = 255  # bytes: Linux's NAME_MAX
 WITH_RESUME = ("run.", "paths.", "hydra.")  # what may be said beside run.resume
 OPEN_KEYS = ("backend.engine_args.",)  # passed to the engine as they are
 
@@ -107,10 +108,12 @@ def _override(argument: str, conf: Path, multirun: bool, own_groups: bool) -> st
                 )
         return argument
     _check_key(key, head)
+    _check_bytes(key, value)
     if key not in VERBATIM:
         return argument
     if not value and key not in TEXTS:
-        raise ConfigError(f"{key}= is empty", f"Leave it out, or write {key}=null.")
+        unset = f", or write {key}=null" if get(Config(), key) is None else ""
+        raise ConfigError(f"{key}= is empty", f"Leave it out{unset}.")
     if multirun and key not in TEXTS and not Path(os.path.expanduser(value)).exists():
         return argument  # several paths to sweep over
     return f"{head}={_quoted(key, value)}"
@@ -128,6 +131,19 @@ def _check_key(key: str, head: str) -> None:
     # "+": Hydra would take any new key. A section as a whole (quant.calibration={...}) is Hydra's to check.
     if key not in known and not any(name.startswith(f"{key}.") for name in known):
         raise ConfigError(f"{head} is not a config key", did_you_mean(key, known) or "See --help for all of them.")
+
+
+def _check_bytes(key: str, value: str) -> None:
+    """Refuses what no JSON of ours could hold, and paths that no file system takes."""
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ConfigError(f"{key} has bytes that are not UTF-8", "Give it another name.")
+    longest = max(value.split("/"), key=len)
+    if key in PATH_KEYS and "," not in value and len(longest.encode()) > MOST_OF_A_NAME:
+        raise ConfigError(
+            f"{key}={value[:40]}...: a name in it has {len(longest.encode())} bytes, and file systems take "
+            f"{MOST_OF_A_NAME}",
+            "Give a shorter one.",
+        )
 
 
 def _choice(group: str, value: str, groups: dict[str, list[str]]) -> str:

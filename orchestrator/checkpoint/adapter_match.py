@@ -93,7 +93,7 @@ def targets(adapter: Adapter, base: Checkpoint) -> dict[str, tuple[Target, ...]]
     configs = (base.config, text_config(base.config))
     if any(config.get("quantization_config") is not None for config in configs):
         raise CheckpointError(
-            f"{shown(base.path, 400)} is quantized: an adapter cannot be merged into it",
+            f"{shown(base.path, 400)} is quantized: an adapter can neither be merged into it nor run on top",
             "Give the original 16-bit model as model.path=...",
         )
     job = Matching(adapter.lora, base, BaseNames(base), where)

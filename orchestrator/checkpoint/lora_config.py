@@ -211,6 +211,10 @@ def _names_or_one(config: Mapping[str, Any], key: str, where: str) -> tuple[str,
 
 def _refuse_features(config: Mapping[str, Any], where: str) -> None:
     kind = config.get("peft_type")
+    if kind is None:
+        raise CheckpointError(
+            f"{where} has no peft_type: it is no adapter's configuration", "Set model.adapter=FOLDER."
+        )
     if kind != "LORA":
         raise CheckpointError(f"{where}: the adapter is {shown(kind)}, not LORA: it cannot be merged here", _PEFT)
     for key, feature in _REFUSED.items():

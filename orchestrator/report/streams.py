@@ -24,6 +24,24 @@ class Output(io.TextIOWrapper):
             super().flush()
 
 
+class Notes(Output):
+    """stderr: where it cannot be written, notes are lost and nothing else; it goes on nowhere."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except (BrokenPipeError, OutputError):
+            silence(self)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except (BrokenPipeError, OutputError):
+            silence(self)
+            super().flush()
+
+
 @contextmanager
 def _told() -> Iterator[None]:
     try:
@@ -39,16 +57,16 @@ def prepare() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-    for name in ("stdout", "stderr"):
+    for name, kind in (("stdout", Output), ("stderr", Notes)):
         stream = getattr(sys, name)
         # Not those of somebody who has put others there.
         if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
-            setattr(sys, name, _output(stream))
+            setattr(sys, name, _wrapped(stream, kind))
 
 
-def _output(stream: io.TextIOWrapper) -> Output:
+def _wrapped(stream: io.TextIOWrapper, kind: type[Output]) -> Output:
     encoding, lines, at_once = stream.encoding, stream.line_buffering, stream.write_through
-    return Output(stream.detach(), encoding, "replace", line_buffering=lines, write_through=at_once)
+    return kind(stream.detach(), encoding, "replace", line_buffering=lines, write_through=at_once)
 
 
 def drop_unwritten() -> None:

@@ -70,6 +70,8 @@ def _ask() -> str | None:
         except Terminated:
             raise
         except KeyboardInterrupt:
+            if not sys.stdin.isatty():  # nobody is there to type anything more
+                raise
             note("\n(/quit or Ctrl-D ends)")
 
 
@@ -159,9 +161,11 @@ def _stream(session: Session, name: str) -> str:
 def _stopped_by_interrupt(session: Session, name: str) -> Iterator[None]:
     """Ctrl-C cancels the request; a second one, while the engine does not react, interrupts the program.
 
+    So does the first where the questions do not come from a terminal.
+
     A handler, not an exception: an exception could fall between two bytes of the engine's messages.
     """
-    asked = False
+    asked = not sys.stdin.isatty()
 
     def handler(number: int, frame: FrameType | None) -> None:
         nonlocal asked

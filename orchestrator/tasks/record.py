@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.backends.protocol import Stats
 from orchestrator.backends.table import BACKENDS
-from orchestrator.calibration import ASKED, OUT_OF_MEMORY, append
+from orchestrator.calibration import ASKED, OUT_OF_MEMORY, WELL, append
 from orchestrator.config import folder
 from orchestrator.engine.handle import EngineProcess
 from orchestrator.engine.memory import MemoryWatch
@@ -85,9 +85,7 @@ def keep_out_of_memory(planned: Planned, chosen: Candidate, watch: MemoryWatch) 
         note(f"note: the next plan of {chosen.backend} keeps more free, and may fit: run it again")
 
 
-def keep(
-    planned: Planned, chosen: Candidate, devices: Devices, versions: Mapping[str, str], ended: str = "well"
-) -> bool:
+def keep(planned: Planned, chosen: Candidate, devices: Devices, versions: Mapping[str, str], ended: str = WELL) -> bool:
     """Adds one run to the record that margins are learned from; where that fails, it says so and returns False."""
     if not devices:
         return False

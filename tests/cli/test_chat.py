@@ -205,3 +205,20 @@ def test_questions_from_a_pipe_are_answered_with_their_history(orchestrator: Orc
     assert messages[-2]["content"] == "four"
     assert "one" not in [message["content"] for message in messages]
     assert done.json("result.json")["turns"] == 4
+
+
+@pytest.mark.parametrize("questions", ["one\n", "go on\n" * 50])
+def test_ctrl_c_ends_a_chat_that_no_terminal_feeds(
+    orchestrator: Orchestrator, long_winded: Path, questions: str
+) -> None:
+    argv = orchestrator.command("task=chat", f"model.path={long_winded}", "generation.max_tokens=400")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(argv, cwd=orchestrator.folder, env=orchestrator.env(), text=True, **pipes) as process:  # type: ignore[call-overload]
+        try:
+            process.stdin.write(questions)
+            process.stdin.flush()
+            assert process.stdout.read(1)  # it answers
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130
+        finally:
+            process.kill()

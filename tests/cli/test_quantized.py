@@ -68,7 +68,7 @@ def test_an_adapter_on_a_quantized_base(orchestrator: Orchestrator, gptq: Path, 
     adapter = write_adapter(tmp_path / "lora", SHAPE)
     done = orchestrator(f"model.path={gptq}", f"model.adapter={adapter}", "prompts.text=hi")
     assert done.code == 2
-    assert "is quantized: an adapter cannot be merged into it" in done.error
+    assert "is quantized: an adapter can neither be merged into it nor run on top" in done.error
     assert "original 16-bit model" in done.error
 
 

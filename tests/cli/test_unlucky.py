@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,10 @@ def test_a_full_device_costs_one_line(orchestrator: Orchestrator, argv: list[str
     assert "Exception" not in done.stderr
 
 
-def test_errors_that_nobody_can_be_told_end_it_too(orchestrator: Orchestrator) -> None:
+def test_notes_that_cannot_be_written_cost_nothing_else(orchestrator: Orchestrator) -> None:
     done = shell(orchestrator, ["task=plan"], "2> /dev/full")
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "What could run it" in done.stdout
     done = shell(orchestrator, ["task=foo"], "2> /dev/full")
     assert (done.returncode, done.stderr) == (2, "")
 
@@ -72,6 +74,15 @@ def test_answers_that_cannot_be_shown_are_kept(orchestrator: Orchestrator, merge
     assert len(read_lines(answers)) == 2
     assert (run / "result.json").exists()
     assert json.loads((run / "status.json").read_text())["error"] == said
+
+
+def test_without_its_packages_it_says_how_to_install_them(orchestrator: Orchestrator) -> None:
+    script = "import sys; sys.modules['hydra'] = None; from orchestrator.app import main; sys.exit(main(['task=plan']))"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=orchestrator.env(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4
+    assert done.stderr.startswith(f"error: hydra is not installed for {sys.executable}. Install the program")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-"])

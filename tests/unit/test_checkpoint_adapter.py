@@ -65,7 +65,7 @@ def test_a_truncated_adapter(tmp_path):
     ("config", "fault"),
     [
         ({"peft_type": "IA3"}, "IA3"),
-        ({"peft_type": None}, "None"),
+        ({"peft_type": None}, "no peft_type"),
         ({"bias": "some"}, 'bias is "some"'),
         ({"use_dora": "yes"}, "use_dora"),
         ({"lora_bias": 1}, "lora_bias"),

@@ -72,6 +72,26 @@ def test_what_resembles_nothing_is_refused_with_a_way_to_all_keys(typed: str) ->
     assert "--help" in refusal(typed)
 
 
+@pytest.mark.parametrize("key", ["paths.runs", "model.path", "prompts.text"])
+def test_bytes_that_are_not_utf_8_are_refused(key: str) -> None:
+    assert refusal(f"{key}=/tmp/\udcff").startswith(f"{key} has bytes that are not UTF-8")
+
+
+@pytest.mark.parametrize("key", ["run.resume", "paths.artifacts", "offload.folder"])
+def test_names_that_no_file_system_takes_are_refused(key: str) -> None:
+    name = "é" * 128
+    assert "has 256 bytes, and file systems take 255" in refusal(f"{key}=/tmp/{name}/x")
+
+
+def test_what_may_be_left_unset_is_said() -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepare(["paths.artifacts="], CONF)
+    assert caught.value.hint == "Leave it out."
+    with pytest.raises(ConfigError) as caught:
+        prepare(["output.path="], CONF)
+    assert caught.value.hint == "Leave it out, or write output.path=null."
+
+
 def test_each_choice_of_a_sweep_is_checked() -> None:
     message = refusal("-m", "hardware=4x24gb,4x23gb")
     assert "8x80gb" in message
