@@ -11,6 +11,23 @@ import torch
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 32, 4, 2, 8, 48, 64
 
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+SCALED: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "rslora": {"r": 8, "lora_alpha": 3, "target_modules": LINEARS, "use_rslora": True},
+    "fan_in_fan_out": {"r": 4, "target_modules": LINEARS, "fan_in_fan_out": True},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 16,
+        "target_modules": LINEARS,
+        "rank_pattern": {"k_proj": 2, r"layers\.1\.mlp\.\w+": 6, "^model.layers.0.self_attn.o_proj": 3},
+        "alpha_pattern": {"layers.0.self_attn.q_proj": 5, "q_proj": 7, "mlp.up_proj": 1},
+        "use_rslora": True,
+    },
+}
+"""Options of PEFT's LoraConfig: every way in which the product of the factors is scaled."""
+
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -24,7 +24,16 @@ from orchestrator.stages import pieces
 from orchestrator.stages.merge import merge
 from orchestrator.stages.merged import merged_checkpoint
 from orchestrator.stages.verify import verify_merge
-from tests.checkpoints import CONFIG, Q_PROJ, adapter_tensors, model_tensors, write_adapter, write_model
+from tests.checkpoints import (
+    CONFIG,
+    LINEARS,
+    Q_PROJ,
+    SCALED,
+    adapter_tensors,
+    model_tensors,
+    write_adapter,
+    write_model,
+)
 
 Q = f"{Q_PROJ}.weight"
 ROOT = Path(__file__).parents[2]
@@ -81,27 +90,14 @@ def train(base, folder, seed=0, model_class=AutoModelForCausalLM, **options):
     return loaded.merge_and_unload().state_dict()
 
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
 @pytest.mark.parametrize(
     "options",
     [
-        {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
-        {"r": 8, "lora_alpha": 3, "target_modules": ALL, "use_rslora": True},
-        {"r": 4, "target_modules": ALL, "fan_in_fan_out": True},
-        {
-            "r": 4,
-            "lora_alpha": 16,
-            "target_modules": ALL,
-            "rank_pattern": {"k_proj": 2, r"layers\.1\.mlp\.\w+": 6, "^model.layers.0.self_attn.o_proj": 3},
-            "alpha_pattern": {"layers.0.self_attn.q_proj": 5, "q_proj": 7, "mlp.up_proj": 1},
-            "use_rslora": True,
-        },
+        *SCALED.values(),
         {"r": 4, "target_modules": ["q_proj", "down_proj"], "modules_to_save": ["norm"]},
         {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
     ],
-    ids=["plain", "rslora", "fan_in_fan_out", "patterns", "saved norms", "saved embeddings"],
+    ids=[*SCALED, "saved norms", "saved embeddings"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_it_is_peft_s_merge_bit_for_bit(tmp_path, llama, options):
@@ -120,7 +116,7 @@ def test_it_is_peft_s_merge_bit_for_bit(tmp_path, llama, options):
 
 @pytest.mark.parametrize(("dtype", "kind"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
 def test_one_cast_at_the_end(tmp_path, llama, dtype, kind):
-    wanted = train(llama, tmp_path / "lora", r=4, target_modules=ALL)
+    wanted = train(llama, tmp_path / "lora", r=4, target_modules=LINEARS)
     run(llama, [tmp_path / "lora"], tmp_path / "out", dtype=dtype)
     found = weights(tmp_path / "out")
     for name, tensor in wanted.items():
@@ -145,7 +141,7 @@ def test_linears_stored_the_other_way_round(tmp_path):
 
 
 def test_pieces_of_a_few_rows_give_the_same(tmp_path, llama, monkeypatch):
-    wanted = train(llama, tmp_path / "lora", r=4, target_modules=ALL)
+    wanted = train(llama, tmp_path / "lora", r=4, target_modules=LINEARS)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
     run(llama, [tmp_path / "lora"], tmp_path / "out", shard_size=10_000)
     for name, tensor in weights(tmp_path / "out").items():

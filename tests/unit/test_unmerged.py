@@ -45,11 +45,10 @@ from orchestrator.stages.exl2_adapters import CONFIG, WEIGHTS, write_adapter, wr
 from orchestrator.stages.merge import merge
 from orchestrator.tasks.session import load_plan, look
 from tests import checkpoints
-from tests.checkpoints import Q_PROJ, adapter_tensors, write_json, write_model
+from tests.checkpoints import LINEARS, Q_PROJ, SCALED, adapter_tensors, write_json, write_model
 
 pytestmark = [pytest.mark.usefixtures("hydra"), pytest.mark.filterwarnings("ignore")]
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -113,19 +112,9 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 @pytest.mark.parametrize(
     "options",
     [
-        {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
-        {"r": 8, "lora_alpha": 3, "target_modules": ALL, "use_rslora": True},
-        {"r": 4, "target_modules": ALL, "fan_in_fan_out": True},
-        {
-            "r": 4,
-            "lora_alpha": 16,
-            "target_modules": ALL,
-            "rank_pattern": {"k_proj": 2, r"layers\.1\.mlp\.\w+": 6, "^model.layers.0.self_attn.o_proj": 3},
-            "alpha_pattern": {"layers.0.self_attn.q_proj": 5, "q_proj": 7, "mlp.up_proj": 1},
-            "use_rslora": True,
-        },
+        *SCALED.values(),
     ],
-    ids=["plain", "rslora", "fan_in_fan_out", "patterns"],
+    ids=[*SCALED],
 )
 def test_it_adds_what_peft_does(tmp_path: Path, llama: Path, options: dict[str, Any]) -> None:
     wanted = trained(llama, tmp_path / "lora", **options)
@@ -135,11 +124,11 @@ def test_it_adds_what_peft_does(tmp_path: Path, llama: Path, options: dict[str, 
 
 
 def test_nothing_is_left_for_the_engine_to_scale(tmp_path: Path, llama: Path) -> None:
-    trained(llama, tmp_path / "lora", r=4, lora_alpha=64, target_modules=ALL, use_rslora=True)
+    trained(llama, tmp_path / "lora", r=4, lora_alpha=64, target_modules=LINEARS, use_rslora=True)
     written(llama, tmp_path / "lora", tmp_path / "out")
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"], config["fan_in_fan_out"]) == (1, 1, False, False)
-    assert sorted(config["target_modules"]) == sorted(ALL)
+    assert sorted(config["target_modules"]) == sorted(LINEARS)
     theirs, ours = load_file(tmp_path / "lora" / "adapter_model.safetensors"), load_file(tmp_path / "out" / WEIGHTS)
     a = f"base_model.model.{Q_PROJ}.lora_A.weight"
     assert torch.equal(ours[a], theirs[a].half())  # as it is
