@@ -250,8 +250,8 @@ class _Handler(BaseHTTPRequestHandler):
         with file.open("rb") as data:
             data.seek(start)
             while start < stop and (part := data.read(min(2**16, stop - start))):
+                self.request_seen.sent += len(part)  # whoever gets it may look at the count at once
                 self.wfile.write(part)
-                self.request_seen.sent += len(part)
                 start += len(part)
 
     def _faulty(self, file: Path, start: int, stop: int, size: int, fault: str) -> None:
