@@ -137,7 +137,7 @@ def _run(inbox: Inbox, outbox: wire.Sender) -> int:
         engine = _adapter(load.adapter)
         ready = _start(engine, load.plan, outbox)
         warm = engine.stats()
-        # The garbage collector need not go through millions of objects of the engine's again and again.
+        # What is loaded stays: the garbage collector need not go through it again and again between two steps.
         gc.collect()
         gc.freeze()
         outbox.send(ready)

@@ -26,7 +26,7 @@ STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # safetensors
 # 410 MiB with the CPU build of torch 2.13, more with a CUDA build, which loads larger libraries.
 HOST_RUNTIME = {"cpu": 600 * MIB, "cuda": 3000 * MIB}
 # Context and kernels of one process on one GPU, beside torch's allocator: 760 to 785 MiB on an H200 with CUDA 13.0,
-# 850 with the kernels of int8. Cards with fewer multiprocessors take less.
+# 850 with the kernels of int8 (benchmarks/results/tests_gpu_huggingface.json). Other cards were not measured.
 CUDA_RUNTIME = {"int8": 860 * MIB, "": 780 * MIB}
 # cuBLAS and cuBLASLt each get 32 MiB from torch's allocator on compute capability 9.0, less on older cards.
 CUBLAS_WORKSPACE = 64 * MIB
