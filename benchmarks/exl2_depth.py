@@ -74,6 +74,7 @@ SWEEP = (*(f"separate-{bits}" for bits in WIDTHS), "one", "two", "two-processes"
 SWEEP_BOUNDS = {"one": 0.67, "two": 0.5, "two-processes": 0.5}  # our time over that of the separate runs
 
 SPEED_CONTEXT, SPEED_IN_FLIGHT, DECODED = 1024, 16, 256  # tokens, requests, tokens of an answer at batch 1
+RATES = ("ours", "bare", "ratio", "quartiles_of_turns")
 CAP_GIB = 24.0
 BITS = 4
 
@@ -582,7 +583,7 @@ def speed_row(part: Result) -> Result:
     counts = part["in_flight"]
     return {
         "turns": min(len(found["turns"]["ours"]) for found in counts.values()),
-        **{key: {count: found[key] for count, found in counts.items()} for key in ("ours", "bare", "ratio")},
+        **{key: {count: found[key] for count, found in counts.items()} for key in RATES},
         "bound": part["bound"],
         "within": part["within_bound"],
         "weights": part["weights"],

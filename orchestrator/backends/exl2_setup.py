@@ -15,7 +15,9 @@ PAGE = 256  # tokens of a page of the cache; the context is rounded up to it
 MAX_INPUT = 2048  # tokens of one forward pass
 SCORE_CHUNK = 256  # tokens of one forward pass that keeps the logits of all of them
 SCORE_ROWS = 64  # positions whose float32 log-probabilities are held at a time
-CONTEXT_BYTES = 600 * MIB  # CUDA context, kernels, cuBLAS: what a process takes beside torch's allocator
+# CUDA context, kernels, cuBLAS: what a process takes beside torch's allocator. 753 to 769 MiB on an H200
+# (benchmarks/results/tests_gpu_exllamav2.json). Other cards were not measured.
+CONTEXT_BYTES = 780 * MIB
 # What load_autosplit keeps free on the first GPU and on the others, and while it fills one (its own defaults).
 RESERVE_FIRST, RESERVE_OTHERS, RESERVE_FILLING = 192 * MIB, 64 * MIB, 256 * MIB
 FLASH_ATTENTION = (2, 5, 7)  # the first version with a paged cache
