@@ -136,7 +136,7 @@ def test_the_least_loss_that_fits_comes_first(specs: dict[Llama, ModelSpec]) -> 
     assert all(c.fits for c in plan.candidates)
 
 
-@pytest.mark.parametrize(("gib", "method"), [(80, "none"), (24, "none"), (12, "int8"), (7, "exl2")])
+@pytest.mark.parametrize(("gib", "method"), [(80, "none"), (24, "none"), (12, "int8"), (7.5, "exl2")])
 def test_a_7b_takes_what_its_card_has_room_for(specs: dict[Llama, ModelSpec], gib: float, method: str) -> None:
     chosen = best(specs[LLAMA_7B], cards(1, gib), "model.max_context=512", "run.in_flight=1")
     assert chosen.fits
