@@ -7,8 +7,9 @@
     exl2_depth.py report OUT                          everything that is there into results/exl2_depth.json
 
 Parts of `sweep`: separate-4, separate-6, separate-8, one, two (at once on two GPUs, by Hydra's launcher), two-processes
-(the same without it). NAMEs of `speed`: 1b, 8b, tiny. Parts of `big`: bandwidth, plan, auto, split, largest,
-largest-split. Parts of `kill`: whole, again, 10, 30, 50, 70, 90 (percent of an uninterrupted run's time).
+(the same without it). NAMEs of `speed`: 1b, 8b, tiny. Parts of `big`: bandwidth, plan, auto, split, tensor
+(each layer cut over both), largest, largest-split. Parts of `kill`: whole, again, 10, 30, 50, 70, 90 (percent of an
+uninterrupted run's time).
 
 Each part is one OUT/PART.json, written as soon as it is over; what is there is not done again, what failed is.
 `--minutes N` ends a command after so many minutes, with what it has. `--tiny` takes a model that is loaded in a
@@ -78,7 +79,7 @@ RATES = ("ours", "bare", "ratio", "quartiles_of_turns")
 CAP_GIB = 24.0
 BITS = 4
 
-BIG = ("bandwidth", "plan", "auto", "split", "largest", "largest-split")
+BIG = ("bandwidth", "plan", "auto", "split", "tensor", "largest", "largest-split")
 POSITIONS = 131_072  # that the 70B has, as Llama-3.1's
 BIG_CONTEXT, BIG_ANSWER = 4096, 128  # tokens
 SPLITS = [[quarter / 4, 22.0] for quarter in range(64, 89)]  # GiB, of which the plan tells the best
@@ -408,7 +409,7 @@ def planned_elsewhere(work: Path, shape: Shape, name: str) -> Result:
 
 
 def asked_for(work: Path, model: Path, part: str) -> Config:
-    """The configuration of one part: automatic or split by hand, a usual context or the largest."""
+    """The configuration of one part: split automatically, by hand or within layers, a usual context or the largest."""
     config = configured(
         work,
         model,
@@ -420,6 +421,8 @@ def asked_for(work: Path, model: Path, part: str) -> Config:
     if "split" in part:
         ways = [replace(config, parallel=ParallelConfig(gpu_split=split)) for split in SPLITS]
         config = max(ways, key=largest)
+    if part == "tensor":
+        config = replace(config, parallel=ParallelConfig(tensor=2))
     if "largest" in part:
         config = replace(config, model=replace(config.model, max_context=largest(config)))
     return config
@@ -450,6 +453,7 @@ def on_two(work: Path, model: Path, part: str) -> Result:
             "context": context,
             "cache_bits": session.chosen.cache_bits,
             "gpu_split": list(session.chosen.gpu_split),
+            "tensor_parallel": session.chosen.tensor_parallel,
             "ready_s": round(ready, 1),
             "load_s": round(session.ready.load_s, 1),
             "near_full": near,
@@ -596,9 +600,11 @@ def speed_row(part: Result) -> Result:
 def big_row(part: Result, copied: dict[str, float]) -> Result:
     """One load of the 70B: inside the caps, the plan right, what of the bandwidth's limit it decodes at.
 
-    The GPUs work in turn, each on its own weights: a token takes the sum of their times.
+    The GPUs work in turn, each on its own weights, and a token takes the sum of their times; where each layer is cut,
+    they work at the same time, and it takes the longest.
     """
-    at_least = sum(size / copied[device] for device, size in part["weights"].items()) if copied else 0
+    times = [size / copied[device] for device, size in part["weights"].items()] if copied else [0.0]
+    at_least = max(times) if part.get("tensor_parallel", 1) > 1 else sum(times)
     return {
         "context": part["context"],
         "inside_caps": all(device["measured"] <= part["cap"] for device in part["devices"]),

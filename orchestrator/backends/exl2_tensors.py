@@ -35,13 +35,13 @@ def bytes_per_tensor(model: Any, devices: list[str]) -> dict[str, dict[str, int]
 def _tensors(part: Any) -> Iterator[tuple[str, Any]]:
     import torch
 
-    quantized = getattr(part, "q_tensors", None)
-    if isinstance(quantized, dict):
-        yield from ((name, tensor) for name, tensor in quantized.items() if isinstance(tensor, torch.Tensor))
+    for quantized in _each(getattr(part, "q_tensors", None)):
+        if isinstance(quantized, dict):
+            yield from ((name, tensor) for name, tensor in quantized.items() if isinstance(tensor, torch.Tensor))
     for name in _OWN:
-        tensor = getattr(part, name, None)
-        if isinstance(tensor, torch.Tensor):
-            yield name, tensor
+        for tensor in _each(getattr(part, name, None)):
+            if isinstance(tensor, torch.Tensor):
+                yield name, tensor
     for attribute in _ADAPTERS:
         factors = getattr(part, attribute, {}).values()
         yield from ((f"{attribute}.{number}", tensor) for number, tensor in enumerate(factors))
@@ -49,6 +49,11 @@ def _tensors(part: Any) -> Iterator[tuple[str, Any]]:
         inner = getattr(part, attribute, None)
         if isinstance(inner, torch.nn.Module):
             yield from inner.named_parameters()
+
+
+def _each(value: Any) -> list[Any]:
+    """Tensor parallel keeps a list, of one for each GPU."""
+    return value if isinstance(value, list) else [value]
 
 
 def _device(tensor: Any, devices: list[str]) -> str:

@@ -36,6 +36,7 @@ _PACKAGES = ("torch", "exllamav2", "flash-attn", "xformers", "tokenizers", "safe
 _CACHES = {16: "ExLlamaV2Cache", 8: "ExLlamaV2Cache_Q8", 6: "ExLlamaV2Cache_Q6", 4: "ExLlamaV2Cache_Q4"}
 _QUERY = 8  # tokens per sequence and step that the generator keeps room for (its own default)
 _UNPAGED_CHUNK = 512  # tokens of one prefill step without flash-attn: its attention weights are held in full
+_ALIKE = 1e6  # GiB a GPU: so much that what it takes off for cache and attention leaves every GPU the same share
 _FULL = ("Insufficient VRAM", "Insufficient space in device allocation")  # exllamav2's own messages
 
 
@@ -71,10 +72,12 @@ class ExLlamaV2Engine:
         self._counts = _Counts()
 
     def load(self, plan: LoadPlan) -> None:
-        """Loads plan.model over the GPUs of the plan: split by hand where plan.gpu_split is set, else by the engine.
+        """Loads plan.model over the GPUs of the plan: a part of every layer on each where plan.tensor_parallel is set,
+        whole layers by hand where plan.gpu_split is, else whole layers by the engine's own split.
 
         Raises:
-            EngineError: the method is not ours, or CUDA does not show the GPUs of the plan.
+            EngineError: the method is not ours, CUDA does not show the GPUs of the plan, or flash-attn is missing
+                where layers are cut.
             CheckpointError: an architecture that exllamav2 would take for a Llama, or files that it cannot read; an
                 adapter that it cannot run.
             OutOfMemoryError: the GPUs are full before the model is loaded.
@@ -94,6 +97,11 @@ class ExLlamaV2Engine:
                 "Check nvidia-smi and the driver",
             )
         self._unpaged = prepare_attention()
+        if self._unpaged and plan.tensor_parallel > 1:
+            raise EngineError(
+                f"parallel.tensor={plan.tensor_parallel} needs a paged cache, and there is none: {self._unpaged}",
+                "Leave out parallel.tensor: layers then stay whole, each on one GPU",
+            )
         limit_memory([plan.memory[device] for device in self._devices if device in plan.memory])
         config = self._config()
         try:
@@ -146,7 +154,10 @@ class ExLlamaV2Engine:
         # Without pages there is one sequence at a time, so that room for one is enough.
         tokens = config.max_seq_len * (1 if self._unpaged else plan.max_in_flight)
         self._model = exllamav2.ExLlamaV2(config)
-        if plan.gpu_split:
+        if plan.tensor_parallel > 1:
+            self._model.load_tp([_ALIKE] * plan.tensor_parallel)
+            self._cache = exllamav2.ExLlamaV2Cache_TP(self._model, base=make_cache, max_seq_len=tokens)
+        elif plan.gpu_split:
             self._model.load(list(plan.gpu_split))
             self._cache = make_cache(self._model, max_seq_len=tokens)
         else:

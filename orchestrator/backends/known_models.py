@@ -47,6 +47,10 @@ UNMERGED: dict[str, frozenset[str]] = {
 }
 """Backend -> architectures on which it runs an adapter that is not merged; one that is not here: `FIRST`."""
 
+CUT_BY_EXLLAMAV2 = _causal("Llama", "Mistral", "Qwen2")
+"""What exllamav2 0.3.2 runs tensor-parallel. It tries Qwen3 and GLM-4 too, without their norms of heads and outputs
+(attn.py's forward_tp has none): other answers, and no word of it."""
+
 TRIED: dict[str, frozenset[str]] = {
     "transformers": _TRANSFORMERS,
     "bitsandbytes": _TRANSFORMERS,

@@ -212,6 +212,7 @@ BACKENDS: dict[str, Backend] = {
                     "quant.calibration.length",
                     "cache.bits",
                     "parallel.gpu_split",
+                    "parallel.tensor",
                 }
             ),
             cache_bits=(16, 8, 6, 4),

@@ -75,7 +75,7 @@ def linear_loaded_bytes(shape: tuple[int, ...], bits: float, name: str) -> int:
     return int(out * rows * bits / 8) + group_map - (4 * rows if f".{_PERMUTED}." in name else 0)
 
 
-def _other_bytes(spec: ModelSpec, tensor: SpecTensor) -> int:
+def other_bytes(spec: ModelSpec, tensor: SpecTensor) -> int:
     """Norms and biases, in half precision; norms of heads are repeated for each head."""
     count = math.prod(tensor.shape)
     if tensor.name.endswith("q_norm.weight"):
@@ -96,7 +96,7 @@ def _packed_bytes(tensor: SpecTensor) -> tuple[int, int]:
     return stored + (4 * rows if tensor.part("g_idx") else 0), stored
 
 
-def _linear_bytes(tensor: SpecTensor, bits: float, quantized: bool) -> tuple[int, int]:
+def linear_bytes(tensor: SpecTensor, bits: float, quantized: bool) -> tuple[int, int]:
     """(on the GPU, in the file)."""
     if tensor.parts:
         return _packed_bytes(tensor)
@@ -125,8 +125,8 @@ def pieces(spec: ModelSpec, bits: float, head_bits: int, quantized: bool, contex
         for block in ("attention", "mlp")
         if (layer, block) in size
     ]
-    loaded, stored = _head_bytes(spec, head_bits, quantized)
-    head = Piece(loaded, stored, _dq(spec.hidden, pad32(spec.vocab)), False)
+    loaded, stored = head_bytes(spec, head_bits, quantized)
+    head = Piece(loaded, stored, dequantized(spec.hidden, pad32(spec.vocab)), False)
     return [*blocks, Piece(last, last, 0, False), head]
 
 
@@ -139,14 +139,14 @@ def _block_bytes(
     last = 0
     for tensor in spec.tensors:
         if tensor.layer is None:
-            last += _other_bytes(spec, tensor) if tensor.role == "other" else 0
+            last += other_bytes(spec, tensor) if tensor.role == "other" else 0
             continue
         block = _block(tensor.name)
         before = size.get((tensor.layer, block), (0, 0))
         loaded, stored = (
-            _linear_bytes(tensor, bits, quantized and spec.quantization is None)
+            linear_bytes(tensor, bits, quantized and spec.quantization is None)
             if tensor.role == "linear" or tensor.parts
-            else (_other_bytes(spec, tensor), _other_bytes(spec, tensor))
+            else (other_bytes(spec, tensor), other_bytes(spec, tensor))
         )
         size[tensor.layer, block] = before[0] + loaded, before[1] + stored
     return size, last
@@ -170,11 +170,11 @@ def adapter_scratch(spec: ModelSpec, context: int, quantized: bool) -> int:
     """What a block takes to run adapters (x A^T for a whole input); a linear that is not quantized also the sum."""
     widest = max((lora.outputs for lora in spec.loras), default=0)
     rank = max((lora.rank for lora in spec.loras), default=0)
-    return _HALF * _input(context) * (rank + (0 if quantized else widest))
+    return _HALF * input_tokens(context) * (rank + (0 if quantized else widest))
 
 
 @functools.lru_cache(maxsize=64)
-def _head_bytes(spec: ModelSpec, head_bits: int, quantized: bool) -> tuple[int, int]:
+def head_bytes(spec: ModelSpec, head_bits: int, quantized: bool) -> tuple[int, int]:
     """(on the GPU, in the file) of the output head, which is there even where the embedding is tied to it."""
     columns = pad32(spec.vocab)
     plain = _HALF * spec.hidden * columns
@@ -185,32 +185,34 @@ def _head_bytes(spec: ModelSpec, head_bits: int, quantized: bool) -> tuple[int, 
     return stored + (4 * spec.hidden if quantized else 0), stored
 
 
-def _dq(rows: int, columns: int) -> int:
+def dequantized(rows: int, columns: int) -> int:
+    """Bytes of the buffer that a linear is dequantized into for a matrix product."""
     return 2 * min(rows * columns, _MAX_DQ)
 
 
-def _input(context: int) -> int:
+def input_tokens(context: int) -> int:
+    """Tokens of one forward pass at most."""
     return min(MAX_INPUT, round_up(context))
 
 
 def _attention_scratch(spec: ModelSpec, context: int) -> int:
     """As its attn.py counts it for the manual split."""
-    tokens, queries, keys = _input(context), spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    tokens, queries, keys = input_tokens(context), spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     state = 2 * tokens * max(queries, spec.hidden)
     repeated = 0 if spec.heads == spec.kv_heads else 4 * round_up(context) * queries
-    return state + 2 * tokens * (queries + 2 * keys) + _dq(spec.hidden, pad32(queries)) + repeated
+    return state + 2 * tokens * (queries + 2 * keys) + dequantized(spec.hidden, pad32(queries)) + repeated
 
 
 def _mlp_scratch(spec: ModelSpec, context: int) -> int:
-    tokens, widest = _input(context), max(spec.hidden, spec.intermediate)
-    return 2 * tokens * spec.hidden + 4 * tokens * widest + _dq(spec.hidden, pad32(spec.intermediate))
+    tokens, widest = input_tokens(context), max(spec.hidden, spec.intermediate)
+    return 2 * tokens * spec.hidden + 4 * tokens * widest + dequantized(spec.hidden, pad32(spec.intermediate))
 
 
 def fixed_scratch(spec: ModelSpec, context: int, quantized: bool) -> int:
     """Of each GPU with a part of the model: the device's scratch, the angles, the activations of one prefill step."""
-    tokens, queries = _input(context), spec.heads * spec.head_dim
-    attention = 2 * tokens * max(queries, spec.hidden) + _dq(spec.hidden, pad32(queries))
-    head = _dq(spec.hidden, pad32(spec.vocab))
+    tokens, queries = input_tokens(context), spec.heads * spec.head_dim
+    attention = 2 * tokens * max(queries, spec.hidden) + dequantized(spec.hidden, pad32(queries))
+    head = dequantized(spec.hidden, pad32(spec.vocab))
     angles = 2 * 2 * round_up(context) * spec.head_dim
     activations = 2 * tokens * (4 * spec.hidden + 2 * queries + 2 * spec.kv_heads * spec.head_dim)
     if not quantized:  # every intermediate is a tensor of its own
@@ -220,7 +222,7 @@ def fixed_scratch(spec: ModelSpec, context: int, quantized: bool) -> int:
 
 def split_constants(spec: ModelSpec, context: int) -> tuple[int, int]:
     """What the manual split takes from each GPU's share: (once, for the largest attention), with flash-attn."""
-    tokens, length = _input(context), round_up(context)
+    tokens, length = input_tokens(context), round_up(context)
     once = 2 * 2 * spec.head_dim * length + 2 * tokens * spec.hidden + 2 * tokens * tokens
     weights = min(2048**2, length**2) // (2048 / 190)
     return once, int(2 * weights * spec.heads * 2)

@@ -1,4 +1,4 @@
-"""Memory of ExLlamaV2: weights by their bits, cache and scratch by its own rules, its two ways to split over GPUs.
+"""Memory of ExLlamaV2: weights by their bits, cache and scratch by its own rules, its ways to spread over GPUs.
 
 Layers get widths of their own when a model is quantized, only their sum is known before: so the plan says how many
 bytes the GPUs hold together, and checks that every one has room for its share of an even distribution.
@@ -35,6 +35,7 @@ from orchestrator.plan.exl2_sizes import (
     pieces,
     split_constants,
 )
+from orchestrator.plan.exl2_tensor import pinned_bytes, ranks_of, refusals
 from orchestrator.plan.types import Ask, Candidate, DeviceBytes
 
 HOST_RUNTIME = 3000 * MIB  # the engine's process before any weight: CUDA libraries, torch, the extension
@@ -93,6 +94,7 @@ class _Settings:
     head_bits: int
     cache_bits: int
     split: tuple[float, ...]  # GiB; empty: automatic
+    ranks: int  # over which each layer is cut; 1: layers stay whole
 
     @classmethod
     def read(cls, ask: Ask, hardware: Hardware) -> _Settings:
@@ -103,7 +105,18 @@ class _Settings:
         if cache_bits not in CACHE_BITS:
             raise ConfigError(f"cache.bits={cache_bits} is not one of {', '.join(map(str, CACHE_BITS))}")
         _check_calibration(ask.settings)
-        return cls(head_bits, cache_bits, _split(ask.settings.get("parallel.gpu_split", "auto"), hardware))
+        split, ranks = _split(ask.settings.get("parallel.gpu_split", "auto"), hardware), _ranks(ask.settings)
+        if split and ranks > 1:
+            raise ConfigError(
+                f"parallel.gpu_split={list(split)} gives each GPU whole layers, and parallel.tensor={ranks} a part of "
+                "every layer",
+                "Leave out one of them.",
+            )
+        return cls(head_bits, cache_bits, split, ranks)
+
+
+def _ranks(settings: dict[str, Any]) -> int:
+    return int(settings.get("parallel.tensor") or 1)
 
 
 def _check_calibration(settings: dict[str, Any]) -> None:
@@ -150,6 +163,48 @@ def _is_size(value: Any) -> bool:
 
 
 def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, settings: _Settings, context: int) -> Candidate:
+    place = _layers_cut if settings.ranks > 1 else _layers_whole
+    return place(spec, hardware, ask, settings, context)
+
+
+def _layers_cut(spec: ModelSpec, hardware: Hardware, ask: Ask, settings: _Settings, context: int) -> Candidate:
+    """A part of every layer on each GPU: its engine's tensor parallel."""
+    reasons = tuple(refusals(spec, ask, settings.ranks, len(hardware.gpus)))
+    cards = hardware.gpus[: settings.ranks]
+    if reasons:  # there are no parts to count
+        empty = tuple(DeviceBytes(f"cuda:{gpu.index}", 0, 0, 0, CONTEXT_BYTES, gpu.free) for gpu in cards)
+        host = DeviceBytes("cpu", 0, 0, 0, HOST_RUNTIME, hardware.host_available)
+        return Candidate.of(ask, context, empty, host, reasons, device_map={}, weights={})
+    tokens = round_up(context) * ask.max_in_flight
+    per_layer, layer = cache_bytes(spec, settings.cache_bits)
+    cache = (spec.layers * math.ceil(per_layer * tokens), layer * tokens)
+    ranks = ranks_of(spec, ask.bits, settings.head_bits, settings.ranks, context, cache)
+    gpus = tuple(
+        DeviceBytes(f"cuda:{gpu.index}", rank.weights, rank.cache, rank.beside, CONTEXT_BYTES, gpu.free)
+        for gpu, rank in zip(cards, ranks, strict=True)
+    )
+    embedding = embedding_bytes(spec)
+    scratch = _logits(spec, ask) + pinned_bytes(spec, context)
+    host = DeviceBytes("cpu", embedding, 0, scratch, HOST_RUNTIME, hardware.host_available)
+    return Candidate.of(
+        ask,
+        context,
+        gpus,
+        host,
+        device_map={"": "+".join(gpu.device for gpu in gpus), "model.embed_tokens": "cpu"},
+        weights={"cpu": embedding} | {gpu.device: gpu.weights for gpu in gpus},
+        tensor_parallel=settings.ranks,
+        cache_bits=settings.cache_bits,
+    )
+
+
+def _logits(spec: ModelSpec, ask: Ask) -> int:
+    """Those of a step, in host memory, bytes."""
+    return 4 * _QUERY * ask.max_in_flight * pad32(spec.vocab)
+
+
+def _layers_whole(spec: ModelSpec, hardware: Hardware, ask: Ask, settings: _Settings, context: int) -> Candidate:
+    """Whole layers on each GPU: split automatically or by hand."""
     quantized = ask.method != "none"
     parts = pieces(spec, ask.bits, settings.head_bits, quantized, context)
     tokens = round_up(context) * ask.max_in_flight
@@ -170,9 +225,8 @@ def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, settings: _Settings, c
         for s in shares
     )
     embedding = embedding_bytes(spec)
-    logits = 4 * _QUERY * ask.max_in_flight * pad32(spec.vocab)
     adapters = {gpu.device: s.adapters for gpu, s in zip(gpus, shares, strict=True) if s.adapters}
-    scratch = logits + sum(adapters.values())  # through which they go
+    scratch = _logits(spec, ask) + sum(adapters.values())  # through which they go
     host = DeviceBytes("cpu", embedding, 0, scratch, HOST_RUNTIME, hardware.host_available)
     group = "+".join(gpu.device for gpu in gpus)
     return Candidate.of(
