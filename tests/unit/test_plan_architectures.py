@@ -72,10 +72,10 @@ def test_a_plan_reads_the_tensors_of_many_experts_a_few_times_only(
 
     count(huggingface, "tensor_bytes")
     count(vllm, "shard_bytes")
-    count(exl2_sizes, "_linear_bytes")
+    count(exl2_sizes, "linear_bytes")
     spec = spec_of(tmp_path, "Qwen3-30B-A3B")
     assert plan(spec, 1, 8).changes  # with every context, width and number of cards that was tried for them
-    each = {"tensor_bytes": 6, "shard_bytes": 16, "_linear_bytes": 40}
+    each = {"tensor_bytes": 6, "shard_bytes": 16, "linear_bytes": 40}
     assert counts.keys() <= each.keys()
     for name, times in counts.items():
         assert times <= each[name] * len(spec.tensors), (name, times / len(spec.tensors))
