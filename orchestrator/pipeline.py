@@ -160,7 +160,7 @@ def merged(config: Config, source: Source, run: RunFolder) -> Model:
     """The merged (or converted) safetensors of a request; its own files where they will do."""
     recipe = merge_recipe(config, source)
     if recipe is None:
-        if config.convert.verify:
+        if config.convert.verify and not source.unmerged:  # those were verified
             note("convert.verify=true: nothing was converted or merged, so there is nothing to verify")
         return Model(source.base.path)
     store = Store(folder(config.paths.artifacts))

@@ -530,9 +530,12 @@ def test_into_a_quantized_base_nothing_is_merged(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("every_engine", "no_margins")
 @pytest.mark.parametrize("named", [(), ("backend=exllamav2",)], ids=["auto", "named"])
-def test_a_plan_and_a_model_of_an_exl2_base(tmp_path: Path, run: RunFolder, named: tuple[str, ...]) -> None:
+def test_a_plan_and_a_model_of_an_exl2_base(
+    tmp_path: Path, run: RunFolder, named: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     base, lora = write_exl2(tmp_path / "base", Llama()), small_models.write_adapter(tmp_path / "lora", Llama())
-    argv = ("hardware=1x24gb", f"model.path={base}", f"paths.artifacts={tmp_path / 'store'}", *named)
+    argv = ("hardware=1x24gb", f"model.path={base}", f"paths.artifacts={tmp_path / 'store'}", "convert.verify=true")
+    argv += named
     alone = look(composed(*argv), planning=True).plan.chosen
     planned = look(composed(*argv, f"model.adapter={lora}", "model.merge=false"), planning=True)
     (chosen,) = planned.plan.candidates
@@ -544,6 +547,9 @@ def test_a_plan_and_a_model_of_an_exl2_base(tmp_path: Path, run: RunFolder, name
     model = prepare(planned.config, planned.source, chosen, run)
     [adapter] = model.artifacts
     assert (model.path, model.adapters) == (base, (adapter.path,))  # it is loaded as it is
+    said = capsys.readouterr().err
+    assert "verified: 2 files" in said
+    assert "nothing to verify" not in said
     assert need.bytes == (adapter.path / WEIGHTS).stat().st_size
     plan = load_plan(planned, chosen, model.path, model.adapters)
     assert (plan.model, plan.adapters, plan.tokenizer) == (str(base), (str(adapter.path),), "")
