@@ -15,6 +15,7 @@ from orchestrator.artifacts import Artifact, Built, Recipe, Store
 from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.adapter import Adapter
 from orchestrator.checkpoint.adapter import fingerprint as adapter_fingerprint
+from orchestrator.checkpoint.adapter_base import unpacked
 from orchestrator.checkpoint.adapter_unmerged import lora_size, lora_targets
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.checkpoint.folder import Checkpoint, fingerprint
@@ -159,7 +160,7 @@ def merged(config: Config, source: Source, run: RunFolder) -> Model:
     """The merged (or converted) safetensors of a request; its own files where they will do."""
     recipe = merge_recipe(config, source)
     if recipe is None:
-        if config.convert.verify:
+        if config.convert.verify and not source.unmerged:  # those were verified
             note("convert.verify=true: nothing was converted or merged, so there is nothing to verify")
         return Model(source.base.path)
     store = Store(folder(config.paths.artifacts))
@@ -229,7 +230,7 @@ def tokenizer_folder(source: Source) -> Path:
     from orchestrator.stages.merged import merged_tokenizer
 
     adapters = (*source.adapters, *source.unmerged)
-    return merged_tokenizer(source.base, adapters) if adapters else source.base.path
+    return merged_tokenizer(unpacked(source.base), adapters) if adapters else source.base.path
 
 
 def planned_spec(config: Config, source: Source) -> ModelSpec:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +83,14 @@ def write_gptq(source: Path, target: Path, bits: int = 4, group: int = 128) -> d
     }
     (target / "config.json").write_text(json.dumps(config))
     return plain
+
+
+def write_embedded_gptq(folder: Path, store: Path, bits: int = 4) -> Path:
+    """The embedded model with its adapter merged, by the command that a user types, as GPTQ: a folder in `folder`."""
+    plain, gptq = folder / "plain", folder / "gptq"
+    command = [sys.executable, "-m", "orchestrator", "task=convert", f"output.path={plain}", "convert.dtype=float16"]
+    places = [f"paths.artifacts={store}", f"paths.runs={folder / 'convert'}"]
+    done = subprocess.run([*command, *places], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    write_gptq(plain, gptq, bits)
+    return gptq

@@ -180,7 +180,7 @@ class ExLlamaV2Engine:
             except (AssertionError, ValueError, KeyError) as error:
                 raise CheckpointError(
                     f"exllamav2 cannot run the adapter {folder} on {self._plan.model}: {_first_line(error)}",
-                    "Set model.merge=true",
+                    "Set model.merge=true with the unquantized model as model.path",
                 ) from error
         sort_factors(self._model)
 

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.checkpoint.adapter import Adapter, modules_of
+from orchestrator.checkpoint.adapter_base import check_plain
 from orchestrator.checkpoint.adapter_experts import experts_targets, is_experts
 from orchestrator.checkpoint.adapter_names import Parts
 from orchestrator.checkpoint.adapter_targets import BiasTarget, LoraTarget, ReplaceTarget, RowsTarget, Target
-from orchestrator.checkpoint.architectures import layout_of, text_config
+from orchestrator.checkpoint.architectures import layout_of
 from orchestrator.checkpoint.base_names import BaseNames
 from orchestrator.checkpoint.folder import Checkpoint
 from orchestrator.checkpoint.lora_config import LoraConfig
@@ -90,12 +91,7 @@ def targets(adapter: Adapter, base: Checkpoint) -> dict[str, tuple[Target, ...]]
             tensor that no supported feature explains (it names the feature).
     """
     where = shown(adapter.path, 400)
-    configs = (base.config, text_config(base.config))
-    if any(config.get("quantization_config") is not None for config in configs):
-        raise CheckpointError(
-            f"{shown(base.path, 400)} is quantized: an adapter can neither be merged into it nor run on top",
-            "Give the original 16-bit model as model.path=...",
-        )
+    check_plain(base)
     job = Matching(adapter.lora, base, BaseNames(base), where)
     modules = modules_of(adapter)
     for path, info in modules.saved.items():

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 
 from orchestrator.checkpoint.adapter import Adapter
+from orchestrator.checkpoint.adapter_base import unpacked
 from orchestrator.checkpoint.adapter_match import targets
 from orchestrator.checkpoint.adapter_targets import (
     BiasTarget,
@@ -18,7 +19,7 @@ from orchestrator.checkpoint.roles import SpecLora
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
 
-MERGED = "Set model.merge=true, which merges it."
+MERGED = "Set model.merge=true with the unquantized model as model.path, which merges it."
 """The way out of everything that is refused here."""
 
 _LINEAR = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
@@ -36,11 +37,14 @@ _REFUSED: dict[type[Target], Callable[[str], str]] = {
 def lora_targets(adapter: Adapter, base: Checkpoint) -> tuple[LoraTarget, ...]:
     """What an adapter that runs on top of its base changes, in the order of its files.
 
+    Args:
+        base: not quantized yet, or EXL2.
+
     Raises:
         CheckpointError: an adapter of another model, or whatever is not plain LoRA on the linears of attention and
-            MLP (named); see `adapter_match.targets` too.
+            MLP (named); a base quantized otherwise; see `adapter_match.targets` too.
     """
-    found = [target for several in targets(adapter, base).values() for target in several]
+    found = [target for several in targets(adapter, unpacked(base)).values() for target in several]
     for target in found:
         if reason := _refusal(target):
             raise CheckpointError(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from orchestrator.backends.known_models import LOADED, counted, unmerged
 from orchestrator.backends.table import BACKENDS, METHODS, Backend, backends_with_adapters
+from orchestrator.checkpoint.adapter_unmerged import MERGED
 from orchestrator.checkpoint.quantized import Quantized
 from orchestrator.checkpoint.spec import ModelSpec
 from orchestrator.config import ENGINE_KEYS, Config, get
@@ -112,7 +113,7 @@ def _refusal(
     if spec.loras and spec.architecture not in unmerged(backend.name):
         return ConfigError(
             f"backend={backend.name} runs no adapter on top of a {spec.architecture} (model.merge=false)",
-            "Leave model.merge out to have it merged.",
+            MERGED,
         )
     return None
 

@@ -16,6 +16,7 @@ from orchestrator.backends.protocol import LoadPlan, Stats
 from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.adapter import Adapter, open_adapter
 from orchestrator.checkpoint.adapter_match import targets
+from orchestrator.checkpoint.adapter_unmerged import lora_targets
 from orchestrator.checkpoint.bare import open_to_plan
 from orchestrator.checkpoint.folder import Checkpoint, open_checkpoint
 from orchestrator.checkpoint.spec import ModelSpec
@@ -248,8 +249,9 @@ def open_source(config: Config, places: Places, *, bare: bool = False) -> tuple[
     is_embedded = config.model.path is None
     adapters = tuple((_adapter(place), weight) for place, weight in places.adapters)
     base = _checkpoint(places.base, bare)
+    check = targets if config.model.merge else lora_targets
     for adapter, _ in adapters:
-        targets(adapter, base)  # an adapter of another model is refused before anything long
+        check(adapter, base)  # an adapter of another model is refused before anything long
     name = "the embedded model" if is_embedded else places.base.name
     merged, on_top = (adapters, ()) if config.model.merge else ((), adapters)
     where = tuple(place for place, _ in places.adapters)

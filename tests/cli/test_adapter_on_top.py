@@ -91,5 +91,5 @@ def test_an_adapter_that_the_engine_cannot_run_says_how_it_can_be(
     done = orchestrator(*argv, "model.merge=false")
     assert done.code == 2
     assert f"{lora}: the adapter cannot run on top of its base (model.merge=false): it replaces lm_head" in done.error
-    assert done.error.endswith("Set model.merge=true, which merges it.")
+    assert done.error.endswith("Set model.merge=true with the unquantized model as model.path, which merges it.")
     assert orchestrator(*argv, "model.merge=true").code == 0

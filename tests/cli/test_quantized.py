@@ -68,8 +68,27 @@ def test_an_adapter_on_a_quantized_base(orchestrator: Orchestrator, gptq: Path, 
     adapter = write_adapter(tmp_path / "lora", SHAPE)
     done = orchestrator(f"model.path={gptq}", f"model.adapter={adapter}", "prompts.text=hi")
     assert done.code == 2
-    assert "is quantized: an adapter can neither be merged into it nor run on top" in done.error
-    assert "original 16-bit model" in done.error
+    assert "is quantized: an adapter cannot be merged into it. Give the original 16-bit model" in done.error
+    on_top = orchestrator(f"model.path={gptq}", f"model.adapter={adapter}", "prompts.text=hi", "model.merge=false")
+    assert on_top.code == 2
+    assert "is quantized, and not to EXL2: no engine here runs an adapter on top of it" in on_top.error
+
+
+def test_an_adapter_on_an_exl2_folder(orchestrator: Orchestrator, tmp_path: Path) -> None:
+    base, lora = write_exl2(tmp_path / "exl2", SHAPE), write_adapter(tmp_path / "lora", SHAPE)
+    argv = (f"model.path={base}", f"model.adapter={lora}", "prompts.text=hi")
+    refused = orchestrator(*argv)
+    assert refused.code == 2
+    assert "an adapter cannot be merged into it. Set model.merge=false, which runs it on top" in refused.error
+    done = orchestrator(*argv, "model.merge=false", "task=plan", "hardware=1x24gb")
+    assert done.code == 0, done.err
+    plan = done.json("plan.json")
+    assert (plan["backend"], plan["method"], plan["bits"]) == ("exllamav2", "exl2", 4.0)
+    assert plan["adapter_bytes"]["cuda:0"] > 0
+    assert "1 adapter on top" in done.err
+    here = orchestrator(*argv, "model.merge=false", "hardware=cpu")
+    assert here.code == 4
+    assert "the model is quantized already (exl2, 4 bits), and backend=exllamav2 needs a CUDA GPU" in here.error
 
 
 def test_a_folder_in_nf4_answers_and_nothing_is_made_for_it(

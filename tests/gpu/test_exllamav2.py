@@ -72,15 +72,20 @@ def session(folder: Path, store: Path, bits: float = 4.0, in_flight: int = 4, **
         yield live
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
-def test_a_width(bits: int, tmp_path: Path, store: Path) -> None:
-    result = run(tmp_path, store, f"quant.bits={bits}")
+def assert_as_planned(result: dict[str, Any], near: int = 2**16) -> None:
+    """Answers, the weights where the plan has them (to 2%, or `near` bytes), and no more memory than it says."""
     assert all(answer["answer"].strip() for answer in result["answers"])
     placement = result["measured"]["placement"]
     assert set(placement) == {"cpu", "cuda:0"}
-    assert result["plan"]["gpus"][0]["weights"] == pytest.approx(placement["cuda:0"], rel=0.02, abs=2**20)
+    assert result["plan"]["gpus"][0]["weights"] == pytest.approx(placement["cuda:0"], rel=0.02, abs=near)
     assert result["measured"]["gpu_peak_bytes"][0] <= result["plan"]["gpus"][0]["total"]
     assert result["versions"]["engine"]["generator"].startswith(("paged", "unpaged"))
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_a_width(bits: int, tmp_path: Path, store: Path) -> None:
+    result = run(tmp_path, store, f"quant.bits={bits}")
+    assert_as_planned(result, near=2**20)  # layers get widths of their own
     stages = [artifact["name"].partition("-")[0] for artifact in result["artifacts"]]
     assert stages == ["merge", "measurement", "exl2"][: len(stages)] or stages == ["merge", "exl2"]
 
@@ -90,6 +95,25 @@ def test_the_next_width_reuses_the_measurement(tmp_path: Path, store: Path) -> N
     result = run(tmp_path / "second", store, "quant.bits=5", "generation.max_tokens=8")
     built = {artifact["name"].partition("-")[0]: artifact["built"] for artifact in result["artifacts"]}
     assert built == {"merge": False, "measurement": False, "exl2": True}
+
+
+def test_sixteen_bits(tmp_path: Path, store: Path) -> None:
+    result = run(tmp_path, store, "quant.method=none")
+    assert (result["plan"]["method"], result["plan"]["bits"]) == ("none", 16.0)
+    assert [artifact["name"].partition("-")[0] for artifact in result["artifacts"]] == ["merge"]
+    assert_as_planned(result)
+    assert any("`collections`" in answer["answer"] for answer in result["answers"])
+
+
+def test_a_gptq_folder(tmp_path: Path, store: Path) -> None:
+    pytest.importorskip("safetensors.torch")
+    from gptq_models import write_embedded_gptq
+
+    folder = write_embedded_gptq(tmp_path, store)
+    result = run(tmp_path / "run", store, f"model.path={folder}", f"prompts.file={embedded.PROMPTS}")
+    assert (result["plan"]["method"], result["plan"]["bits"], result["stages_run"]) == ("gptq", 4.0, [])
+    assert_as_planned(result)
+    assert any("`collections`" in answer["answer"] for answer in result["answers"])
 
 
 @pytest.mark.parametrize("bits", [16, 8, 6, 4])
@@ -304,6 +328,28 @@ def test_an_adapter_on_top_of_its_base_is_the_merged_model(which: str, tmp_path:
     assert tokens["on top"] != tokens["base"]
     assert placed["on top"] == placed["base"] + adapters["cuda:0"]
     assert placed["on top"] == pytest.approx(planned, rel=0.02, abs=2**20)
+
+
+def test_an_adapter_on_top_of_a_finished_folder(tmp_path: Path, store: Path) -> None:
+    """A base that is quantized already, with nothing else of it there: the same weights, the same factors."""
+    text = (embedded.FOLDER / "heldout.txt").read_text(encoding="utf-8")
+    with session(tmp_path / "base", store, 8.0, model=ModelConfig(path=str(embedded.BASE))) as live:
+        tokens = live.tokenizer.encode_text(text)[:256]
+        base, folder = log_probabilities(live, tokens), live.model.path
+    whole = [AdapterConfig(path=str(embedded.ADAPTER))]
+    scores, placed = {}, {}
+    for name, path in {"original": embedded.BASE, "finished": folder}.items():
+        model = ModelConfig(path=str(path), adapters=whole, merge=False)
+        with session(tmp_path / name, store, 8.0, model=model) as live:
+            assert live.model.path == folder
+            stages = [artifact.name.partition("-")[0] for artifact in live.model.artifacts]
+            scores[name], placed[name] = log_probabilities(live, tokens), live.ready.placement
+            planned = sum(gpu.weights for gpu in live.chosen.gpus)
+    assert stages == ["adapter"]
+    assert kl(scores["original"], scores["finished"]) < 1e-3
+    assert kl(base, scores["finished"]) > 0.2
+    assert placed["finished"] == placed["original"]
+    assert placed["finished"]["cuda:0"] == pytest.approx(planned, rel=0.001)  # by the headers
 
 
 def test_a_run_with_an_adapter_on_top(tmp_path: Path, store: Path) -> None:

@@ -101,15 +101,10 @@ def test_an_fp8_cache_holds_twice_the_tokens(tmp_path: Path, store: Path) -> Non
 def test_a_gptq_folder(bits: int, width: int, tmp_path: Path, store: Path) -> None:
     if torch.cuda.device_count() < width:
         pytest.skip("too few GPUs")
-    from gptq_models import write_gptq
+    from gptq_models import write_embedded_gptq
 
-    plain = tmp_path / "plain"
-    command = [sys.executable, "-m", "orchestrator", "task=convert", f"output.path={plain}", "convert.dtype=float16"]
-    places = [f"paths.artifacts={store}", f"paths.runs={tmp_path / 'convert'}"]
-    done = subprocess.run([*command, *places], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    write_gptq(plain, tmp_path / "gptq", bits)
-    options = (f"model.path={tmp_path / 'gptq'}", f"parallel.tensor={width}", f"prompts.file={embedded.PROMPTS}")
+    folder = write_embedded_gptq(tmp_path, store, bits)
+    options = (f"model.path={folder}", f"parallel.tensor={width}", f"prompts.file={embedded.PROMPTS}")
     result = run(tmp_path / "run", store, "backend=vllm", "hardware.memory_gib=8", EAGER, *options)
     assert (result["plan"]["method"], result["plan"]["bits"], result["stages_run"]) == ("gptq", bits, [])
     for gpu in result["plan"]["gpus"]:

@@ -16,7 +16,8 @@ import small_models
 import torch
 from composing import composed
 from exl2_models import write_exl2
-from safetensors.torch import load_file
+from packed_models import PACK, write_packed
+from safetensors.torch import load_file, save_file
 from small_models import LLAMA_70B, Llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -36,7 +37,7 @@ from orchestrator.config import Config
 from orchestrator.engine.wire import Load, decode, encode
 from orchestrator.errors import CheckpointError, ConfigError, EngineUnavailableError, StageError
 from orchestrator.hardware import GIB, Gpu, Hardware
-from orchestrator.pipeline import Model, Source, disk_needs, planned_spec, tokenizer_folder
+from orchestrator.pipeline import Model, Source, disk_needs, planned_spec, prepare, tokenizer_folder
 from orchestrator.plan.exllamav2 import estimate
 from orchestrator.plan.planner import make_plan
 from orchestrator.plan.types import Ask, Candidate
@@ -234,11 +235,6 @@ def test_a_lora_elsewhere_than_in_the_layers_is_refused(tmp_path: Path) -> None:
     lora = checkpoints.write_adapter(tmp_path / "lora", tensors)
     said = "it changes lm_head.weight, which is no linear of attention or MLP"
     refused(write_model(tmp_path / "base"), lora, tmp_path / "out", said)
-
-
-def test_a_base_that_is_quantized_already_is_refused(tmp_path: Path) -> None:
-    base, lora = write_exl2(tmp_path / "base", Llama()), small_models.write_adapter(tmp_path / "lora", Llama())
-    refused(base, lora, tmp_path / "out", "is quantized", hint="Give the original 16-bit model as model.path")
 
 
 @pytest.mark.parametrize("kind", ["IA3", "LOHA", "PREFIX_TUNING"])
@@ -456,6 +452,107 @@ def test_the_tokenizer_is_that_of_a_merge(tmp_path: Path) -> None:
     write_json(lora / "tokenizer_config.json", {"chat_template": "{{ messages }}", "eos_token": "<|im_end|>"})
     assert tokenizer_folder(on_top(base, lora)) == lora
     assert end_tokens(base, {"<|im_end|>": 7}.get, lora) == {2, 7}
+
+
+# --- a base that is quantized already
+
+
+PADDED = Llama(hidden=96, heads=6, kv_heads=1, intermediate=160, vocab=500)  # EXL2 has 32 outputs for k_proj's 16
+
+
+@pytest.mark.parametrize("shape", [Llama(), PADDED, Llama(tied=True)], ids=["plain", "padded", "tied"])
+def test_an_exl2_base_takes_what_its_original_does(tmp_path: Path, shape: Llama) -> None:
+    bases = {"exl2": write_exl2(tmp_path / "exl2", shape), "plain": small_models.write_noise(tmp_path / "plain", shape)}
+    lora = small_models.write_adapter(tmp_path / "lora", shape)
+    for name, base in bases.items():
+        written(base, lora, tmp_path / f"{name}-out")
+    files = [{file.name: file.read_bytes() for file in (tmp_path / f"{name}-out").iterdir()} for name in bases]
+    assert files[0] == files[1]
+    config = composed("model.path=x", "model.adapter=y", "model.merge=false")
+    specs = {name: planned_spec(config, on_top(base, lora)) for name, base in bases.items()}
+    assert specs["exl2"].loras == specs["plain"].loras
+    assert specs["exl2"].quantization is not None  # it is planned as what it is
+    assert tokenizer_folder(on_top(bases["exl2"], lora)) == bases["exl2"]
+
+
+def test_shapes_of_another_model_are_refused_on_exl2_too(tmp_path: Path) -> None:
+    lora = small_models.write_adapter(tmp_path / "lora", replace(Llama(), kv_heads=1))
+    hint = "Give the model that it was trained on"
+    refused(write_exl2(tmp_path / "base", Llama()), lora, tmp_path / "out", "64 outputs, this model has 128", hint=hint)
+    base = write_exl2(tmp_path / "padded", PADDED)
+    lora = small_models.write_adapter(tmp_path / "wide", replace(PADDED, kv_heads=2))
+    refused(base, lora, tmp_path / "out", "32 outputs, this model has 16", hint=hint)  # what is stored has 32, too
+
+
+def test_what_an_exl2_base_cannot_get_says_where_it_can_be_merged(tmp_path: Path) -> None:
+    lora = small_models.write_adapter(tmp_path / "lora", Llama())
+    config = json.loads((lora / CONFIG).read_text())
+    write_json(lora / CONFIG, config | {"modules_to_save": ["lm_head"]})
+    tensors = load_file(lora / WEIGHTS) | {"base_model.model.lm_head.weight": torch.ones(Llama().vocab, Llama().hidden)}
+    save_file(tensors, lora / WEIGHTS)
+    hint = "Set model.merge=true with the unquantized model as model.path"
+    refused(write_exl2(tmp_path / "base", Llama()), lora, tmp_path / "out", "it replaces lm_head.weight", hint=hint)
+
+
+@pytest.mark.parametrize("method", PACK)
+def test_on_top_of_another_format_it_is_refused(tmp_path: Path, method: str) -> None:
+    shape = Llama(hidden=256, heads=4, kv_heads=4, intermediate=512)
+    base, lora = write_packed(tmp_path / "base", shape, method), small_models.write_adapter(tmp_path / "lora", shape)
+    refused(base, lora, tmp_path / "out", "is quantized, and not to EXL2", hint="Give the original 16-bit model")
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "said"),
+    [("model.norm.weight", "model.norm.weight is missing"), ("lm_head.q_groups", "lm_head has no q_groups")],
+)
+def test_a_damaged_exl2_base_is_refused(tmp_path: Path, leave_out: str, said: str) -> None:
+    base = write_exl2(tmp_path / "base", Llama(), leave_out=leave_out)
+    lora = small_models.write_adapter(tmp_path / "lora", Llama())
+    argv = ("hardware=1x24gb", f"model.path={base}", f"model.adapter={lora}", "model.merge=false")
+    with pytest.raises(CheckpointError, match=said):
+        look(composed(*argv), planning=True)
+
+
+def test_into_a_quantized_base_nothing_is_merged(tmp_path: Path) -> None:
+    shape = Llama(hidden=256, heads=4, kv_heads=4, intermediate=512)
+    lora, original = small_models.write_adapter(tmp_path / "lora", shape), "give the original 16-bit model"
+    ways = {
+        write_exl2(tmp_path / "exl2", shape): f"Set model.merge=false, which runs it on top, or {original}",
+        write_packed(tmp_path / "gptq", shape, "gptq"): original.capitalize(),
+    }
+    for base, way in ways.items():
+        for more in ((), ("backend=exllamav2",)):
+            argv = ("hardware=1x24gb", f"model.path={base}", f"model.adapter={lora}", *more)
+            with pytest.raises(CheckpointError, match="is quantized: an adapter cannot be merged into it") as caught:
+                look(composed(*argv), planning=True)
+            assert caught.value.hint.startswith(way)
+
+
+@pytest.mark.usefixtures("every_engine", "no_margins")
+@pytest.mark.parametrize("named", [(), ("backend=exllamav2",)], ids=["auto", "named"])
+def test_a_plan_and_a_model_of_an_exl2_base(
+    tmp_path: Path, run: RunFolder, named: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, lora = write_exl2(tmp_path / "base", Llama()), small_models.write_adapter(tmp_path / "lora", Llama())
+    argv = ("hardware=1x24gb", f"model.path={base}", f"paths.artifacts={tmp_path / 'store'}", "convert.verify=true")
+    argv += named
+    alone = look(composed(*argv), planning=True).plan.chosen
+    planned = look(composed(*argv, f"model.adapter={lora}", "model.merge=false"), planning=True)
+    (chosen,) = planned.plan.candidates
+    pair = 2 * sum(8 * sum(size) for size in Llama().linears().values()) * Llama().layers
+    assert (chosen.backend, chosen.method, chosen.bits) == ("exllamav2", "exl2", 4.0)
+    assert chosen.adapter_bytes == {"cuda:0": pair}
+    assert chosen.gpus[0].weights == alone.gpus[0].weights + pair
+    [need] = planned.disk
+    model = prepare(planned.config, planned.source, chosen, run)
+    [adapter] = model.artifacts
+    assert (model.path, model.adapters) == (base, (adapter.path,))  # it is loaded as it is
+    said = capsys.readouterr().err
+    assert "verified: 2 files" in said
+    assert "nothing to verify" not in said
+    assert need.bytes == (adapter.path / WEIGHTS).stat().st_size
+    plan = load_plan(planned, chosen, model.path, model.adapters)
+    assert (plan.model, plan.adapters, plan.tokenizer) == (str(base), (str(adapter.path),), "")
 
 
 # --- the engine's side
