@@ -1,4 +1,4 @@
-"""What a person sees: tables and progress on stderr, answers on stdout."""
+"""What a person sees: what was asked for (answers, or with task=plan the plan) on stdout, all else on stderr."""
 
 from __future__ import annotations
 

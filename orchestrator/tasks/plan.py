@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def plan(config: Config, folder: RunFolder) -> None:
-    """Prints the plan, every candidate, and the command that runs the best; plan.json has all of it.
+    """Prints the plan, every candidate, and the command that runs the best on stdout; plan.json has all of it.
 
     Raises:
         DoesNotFitError: nothing that was asked for fits.
@@ -33,9 +33,9 @@ def plan(config: Config, folder: RunFolder) -> None:
     chosen = planned.plan.chosen
     run = command(_typed(), chosen, config) if chosen.fits and not chosen.needs else None
     folder.write("plan.json", planned.to_json() | {"command": run})
-    show_plan(planned, chosen)
     out = console(sys.stdout)
-    out.print(*bars(chosen, out.width), "", sep="\n")
+    show_plan(planned, chosen, out)
+    out.print("", *bars(chosen, out.width), "", sep="\n")
     out.print(_fitting(out, planned.plan, candidates_table))
     for text in (*legend(planned.plan), *_missing(planned), ""):
         out.print(text, markup=False, soft_wrap=True)

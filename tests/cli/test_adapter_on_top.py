@@ -35,8 +35,8 @@ def test_a_plan(orchestrator: Orchestrator, pair: tuple[Path, Path]) -> None:
     assert plan["adapter_bytes"] == {"cuda:0": factors}
     assert plan["gpus"][0]["weights"] == merged["gpus"][0]["weights"] + factors
     assert plan["adapters"] == [str(lora)]
-    assert "1 adapter on top" in done.err
-    assert "for an adapter" in done.err
+    assert "1 adapter on top" in done.out
+    assert "for an adapter" in done.out
     assert "model.merge=false" in plan["command"]
     assert merged["adapter_bytes"] == {}
 

@@ -279,7 +279,17 @@ def test_the_numbers_of_the_report() -> None:
         "uninterrupted_equal": True,
     }
     rows = readme_tables.depth_rows(found)
-    assert [row[3] for row in rows] == ["0.65", "0.52", "0.980, 0.98 to 0.98", "0.985", "0.40", "0.70", "0.991", "1.633", ""]
+    assert [row[3] for row in rows] == [
+        "0.65",
+        "0.52",
+        "0.980, 0.98 to 0.98",
+        "0.985",
+        "0.40",
+        "0.70",
+        "0.991",
+        "1.633",
+        "",
+    ]
     assert {len(row) for row in rows} == {5}
 
 
