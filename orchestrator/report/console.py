@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +22,11 @@ _BAR = 20  # columns: with the numbers and a name it fits into 80
 
 
 def console(stream: Any = None) -> Console:
-    """A rich console on stderr (or `stream`), as wide as the terminal, 110 columns where there is none."""
+    """A rich console on stderr (or `stream`), as wide as the terminal, COLUMNS, or 110 columns."""
 
     stream = sys.stderr if stream is None else stream
-    width = None if stream.isatty() else 110
+    columns = os.environ.get("COLUMNS", "")
+    width = None if stream.isatty() else int(columns) if columns.isdecimal() and int(columns) else 110
     return _console_class()(file=stream, width=width, highlight=False, soft_wrap=False)
 
 

@@ -20,6 +20,7 @@ from orchestrator.tasks.session import Planned, fits, look, show_plan
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
 
 def plan(config: Config, folder: RunFolder) -> None:
@@ -48,7 +49,7 @@ def plan(config: Config, folder: RunFolder) -> None:
         must_be_writable(planned.disk)
 
 
-def _fitting(out: Console, plan: Plan, table: Callable[..., Table]) -> Table:
+def _fitting(out: Console, plan: Plan, table: Callable[..., Table]) -> Table | Text:
     return fitting(out.width, table(plan), table(plan, narrow=True))
 
 
