@@ -25,9 +25,15 @@ def console(stream: Any = None) -> Console:
     """A rich console on stderr (or `stream`), as wide as the terminal, COLUMNS, or 110 columns."""
 
     stream = sys.stderr if stream is None else stream
-    columns = os.environ.get("COLUMNS", "")
-    width = None if stream.isatty() else int(columns) if columns.isdecimal() and int(columns) else 110
-    return _console_class()(file=stream, width=width, highlight=False, soft_wrap=False)
+    return _console_class()(file=stream, width=_width(stream.isatty()), highlight=False, soft_wrap=False)
+
+
+def _width(terminal: bool) -> int | None:
+    """Columns of a line; None: those that the terminal has, as long as it has them."""
+    said = os.environ.get("COLUMNS", "")
+    if not said.isdecimal():
+        return None if terminal else 110
+    return int(said) or (80 if terminal else 110)  # where it is 0, rich would print nothing
 
 
 @functools.cache

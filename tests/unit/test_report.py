@@ -133,6 +133,14 @@ def test_columns_is_the_width_where_there_is_no_terminal(
     assert console(StringIO()).width == width
 
 
+def test_a_terminal_of_no_columns_is_one_of_80(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some programs that run others in a terminal of their own say so."""
+    monkeypatch.setenv("COLUMNS", "0")
+    out = StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    assert console(out).width == 80
+
+
 def test_a_bar_for_each_gpu_is_as_long_as_what_it_holds(plan: Plan) -> None:
     *rows, shades = [line.plain for line in bars(plan.chosen)]
     assert shades.split()[1::2][0] == "weights"
