@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from orchestrator.backends.table import BACKENDS
 from orchestrator.config import Config
 from orchestrator.engine.interpreters import how_to_install
-from orchestrator.plan.disk import must_be_writable
+from orchestrator.plan.disk import must_be_writable, not_writable
 from orchestrator.plan.types import Candidate, Plan
 from orchestrator.report.console import console
 from orchestrator.report.plan import bars, candidates_table, changes_table, command, legend
@@ -42,7 +42,8 @@ def plan(config: Config, folder: RunFolder) -> None:
         out.print(text, markup=False, soft_wrap=True)
     if planned.plan.changes:
         out.print(_fitting(out, planned.plan, changes_table))
-    for text in _to_run(planned, config):
+    here = " (this machine)" if planned.elsewhere else ""
+    for text in (*(f"{line}{here}" for line in not_writable(planned.disk)), *_to_run(planned, config)):
         out.print(text, markup=False, soft_wrap=True)
     fits(planned)
     if not planned.elsewhere:

@@ -88,6 +88,19 @@ def test_a_plan_that_does_not_fit_is_on_stdout_too(orchestrator: Orchestrator) -
     assert {line.partition(": ")[0] for line in done.err.splitlines()} == {"note", "error"}
 
 
+@pytest.mark.parametrize(("profile", "code"), [("1x24gb", 0), ("cpu", 2)])
+def test_a_plan_says_that_the_store_cannot_be_written(orchestrator: Orchestrator, profile: str, code: int) -> None:
+    """For another machine it is no mistake: that one may have another disk."""
+    file = orchestrator.folder / "file"
+    file.write_text("")
+    done = orchestrator("task=plan", f"hardware={profile}", f"paths.artifacts={file}")
+    said = f"the store cannot be written: paths.artifacts={file} (Not a directory); set paths.artifacts=FOLDER"
+    assert done.code == code
+    assert -1 < done.out.find(said) < done.out.find("To run it: ")
+    if code:
+        assert f"paths.artifacts={file} cannot be written (Not a directory)" in done.error
+
+
 @pytest.mark.parametrize("task", ["plan", "run"])
 def test_what_does_not_fit_ends_with_3_and_the_numbers(orchestrator: Orchestrator, task: str) -> None:
     done = orchestrator(f"task={task}", "hardware=cpu", "hardware.memory_gib=0.2", "hardware.margin_gib=0")
