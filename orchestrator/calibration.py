@@ -75,8 +75,8 @@ def margins(root: Path, hardware: Hardware, engine: str, asked: float | None = N
         asked: GiB of each device; None: what the record says.
     """
     if asked is not None:
-        devices = [*(f"cuda:{gpu.index}" for gpu in hardware.gpus), "cpu"]
-        return dict.fromkeys(devices, Margin(int(asked * GIB), ASKED))
+        free = {f"cuda:{gpu.index}": gpu.free for gpu in hardware.gpus} | {"cpu": hardware.host_available}
+        return {device: Margin(min(int(asked * GIB), size), ASKED) for device, size in free.items()}
     history = read(root)
     found = {
         f"cuda:{gpu.index}": margin(history, engine, gpu.name, "card", gpu.free, LEAST_UNMEASURED["cuda"])

@@ -22,6 +22,7 @@ from orchestrator.backends.table import BACKENDS, METHODS, backends_with_adapter
 from orchestrator.errors import ConfigError
 
 MEMORY_GIB = (0.1, 4096.0)  # that a GPU, or a host, can be capped to
+LESS = "set less, or leave it out"  # where so much is kept free that nothing is left
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -366,7 +367,7 @@ def _check_hardware(config: Config) -> Iterator[str]:
 
 
 def _check_memory(config: Config) -> Iterator[str]:
-    value, reserve = config.hardware.memory_gib, config.hardware.reserve_gib
+    value, (kept, said) = config.hardware.memory_gib, kept_free(config.hardware)
     if value is None:
         return
     sizes = value if isinstance(value, list) else [value]
@@ -376,8 +377,15 @@ def _check_memory(config: Config) -> Iterator[str]:
             f"hardware.memory_gib={value} is not {low:g} to {high:g} GiB, without a unit: one number, or one for each "
             "GPU ('hardware.memory_gib=[24,16]')"
         )
-    elif reserve >= min(sizes):
-        yield f"hardware.reserve_gib={reserve:g} leaves nothing of hardware.memory_gib={min(sizes):g}"
+    elif kept >= min(sizes):
+        yield f"{said} nothing of hardware.memory_gib={min(sizes):g}: {LESS}"
+
+
+def kept_free(hardware: HardwareConfig) -> tuple[float, str]:
+    """GiB that a request keeps free of each device, and which keys do: "hardware.margin_gib=8 leaves"."""
+    kept = {"hardware.reserve_gib": hardware.reserve_gib, "hardware.margin_gib": hardware.margin_gib or 0.0}
+    said = [f"{key}={gib:g}" for key, gib in kept.items() if gib]
+    return sum(kept.values()), f"{' and '.join(said)} {'leaves' if len(said) == 1 else 'leave'}"
 
 
 def _is_number(value: Any) -> bool:

@@ -11,12 +11,13 @@ from orchestrator.checkpoint.adapter_targets import BiasTarget, LoraTarget, Repl
 from orchestrator.checkpoint.architectures import layout_of
 from orchestrator.checkpoint.base_names import BaseNames
 from orchestrator.checkpoint.folder import Checkpoint
-from orchestrator.checkpoint.lora_config import LoraConfig
+from orchestrator.checkpoint.lora_config import LoraConfig, names_rows_of
 from orchestrator.checkpoint.tensors import PLAIN_FLOATS, TensorInfo
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
 
 _PEFT = "Merge it with PEFT (merge_and_unload) and give the merged model."
+_INCOMPLETE = "It was saved incompletely: save it again with PEFT."
 _MIXED_UP = "Its config and its weights are of different adapters."
 
 _CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc", "q_attn")}
@@ -108,6 +109,7 @@ def targets(adapter: Adapter, base: Checkpoint) -> dict[str, tuple[Target, ...]]
             _match(job, module, parts)
             _check_asked(job, module, parts)
     _check_saved(job)
+    _check_rows(job)
     left = set(adapter.tensors) - set(consumed(job.found)) - modules.spare
     if left:
         raise CheckpointError(f"{where}: {shown(min(left))} would not be used", _PEFT)
@@ -146,7 +148,8 @@ def _match(job: Matching, module: str, parts: Parts) -> None:
     wanted |= {"lora_B.bias"} if job.lora.lora_bias and kind == "lora_" else set()
     if missing := sorted(wanted - set(parts)):
         raise CheckpointError(
-            f"{job.where}: {shown(module)} has no {missing[0]}", "It was saved incompletely: save it again with PEFT."
+            f"{job.where}: {shown(module)} has no {missing[0]}",
+            _INCOMPLETE,
         )
     if surplus := sorted(set(parts) - wanted):
         raise CheckpointError(
@@ -300,5 +303,23 @@ def _check_saved(job: Matching) -> None:
             raise CheckpointError(
                 f"{job.where}: modules_to_save names {shown(name.rpartition('.')[0])}, the adapter holds no weights "
                 f"of it: {shown(name)}",
-                "It was saved incompletely: save it again with PEFT.",
+                _INCOMPLETE,
+            )
+
+
+def _check_rows(job: Matching) -> None:
+    """Refuses an adapter that lost token rows: without them the model does not know what it was trained on."""
+    found = [target for several in job.found.values() for target in several if isinstance(target, RowsTarget)]
+    vocabulary = job.names.vocabulary
+    shared = (vocabulary.embedding, vocabulary.head) if vocabulary.tied else ()  # PEFT saves the same rows once
+    for name, rows in job.lora.token_indices:
+        there = any(
+            rows == target.rows and (target.tensor in shared or names_rows_of(name, target.module)) for target in found
+        )
+        if rows and not there:
+            count = f"{len(rows)} row{'s' * (len(rows) != 1)}"
+            raise CheckpointError(
+                f"{job.where}: trainable_token_indices names {count} of {shown(name or 'the embedding')}, the adapter "
+                "holds none of them",
+                _INCOMPLETE,
             )

@@ -102,7 +102,7 @@ class LoraConfig:
 
     def rows_of(self, module: str) -> list[tuple[int, ...]]:
         """Every list of trained rows that the config gives a module (one, unless its keys overlap)."""
-        return [rows for name, rows in self.token_indices if name in ("", module) or module.endswith(f".{name}")]
+        return [rows for name, rows in self.token_indices if names_rows_of(name, module)]
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,11 @@ class TargetModules:
         lists = self.patterns or (r"[^.]*",)
         found = next((match for name in lists if (match := re.match(rf".*\.{name}\.(\d+)\.", module))), None)
         return found is not None and int(found[1]) in self.layers
+
+
+def names_rows_of(name: str, module: str) -> bool:
+    """Whether a key of trainable_token_indices means a module: the end of its path, or "" for whatever has rows."""
+    return name in ("", module) or module.endswith(f".{name}")
 
 
 def _named(names: tuple[str, ...] | str, module: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from orchestrator.config import HardwareConfig
+from orchestrator.config import LESS, HardwareConfig, kept_free
 from orchestrator.errors import ConfigError, EngineUnavailableError
 from orchestrator.hardware.types import DRIVER_KEEPS, FOR_THE_CPU, GIB, Gpu
 
@@ -18,7 +18,7 @@ def profile_gpus(config: HardwareConfig) -> tuple[Gpu, ...]:
     """The cards of a named profile that are used: their memory, less what the driver keeps and the reserve.
 
     Raises:
-        ConfigError: a card or a size for one that the profile does not have.
+        ConfigError: a card or a size for one that the profile does not have, or one that is kept free as a whole.
     """
     cards = range(config.cards or 0)
     indexes = list(cards) if config.gpus is None else config.gpus
@@ -28,7 +28,7 @@ def profile_gpus(config: HardwareConfig) -> tuple[Gpu, ...]:
     for i, gib in zip(indexes, _sizes(config, len(indexes)), strict=True):
         size = gib or MEMORY_GIB
         total = int(size * GIB)
-        check_reserve(config, f"the {size:g} GiB card", total)
+        check_kept(config, f"the {size:g} GiB card without what its driver keeps", total - DRIVER_KEEPS)
         free = max(0, total - DRIVER_KEEPS - _reserve(config))
         gpus.append(Gpu(i, f"{size:g} GiB card", total, free, capability))
     return tuple(gpus)
@@ -61,10 +61,10 @@ def capped_gpus(gpus: tuple[Gpu, ...], config: HardwareConfig) -> tuple[tuple[Gp
     """The machine's GPUs as the request may use them, and notes where a card has less than its cap.
 
     Raises:
-        ConfigError: not one size for each GPU, or a reserve that leaves nothing of one.
+        ConfigError: not one size for each GPU, or a reserve and a margin that leave nothing of one.
     """
     for gpu in gpus:
-        check_reserve(config, f"GPU {gpu.index}", gpu.total)
+        check_kept(config, f"GPU {gpu.index}", gpu.total)
     sizes = _sizes(config, len(gpus))
     capped = tuple(_capped(gpu, gib, config) for gpu, gib in zip(gpus, sizes, strict=True))
     return capped, (*_memory_notes(gpus, sizes), *_capability_notes(gpus, config))
@@ -74,9 +74,9 @@ def capped_host(total: int, available: int, config: HardwareConfig) -> tuple[int
     """What a request without GPUs may take of the host, and a note where the host has less than the cap.
 
     Raises:
-        ConfigError: sizes for GPUs, or a reserve that leaves nothing.
+        ConfigError: sizes for GPUs, or a reserve and a margin that leave nothing.
     """
-    check_reserve(config, "this machine", total)
+    check_kept(config, "this machine", total)
     notes: tuple[str, ...] = ()
     if config.capability is not None:
         notes += ("hardware.capability is of GPUs, and there is none",)
@@ -92,12 +92,11 @@ def capped_host(total: int, available: int, config: HardwareConfig) -> tuple[int
     return max(0, available - _reserve(config)), notes
 
 
-def check_reserve(config: HardwareConfig, what: str, total: int) -> None:
-    """Refuses a reserve that leaves nothing of a device."""
-    if config.reserve_gib and _reserve(config) >= total:
-        raise ConfigError(
-            f"hardware.reserve_gib={config.reserve_gib:g} leaves nothing: {what} has {total / GIB:.2f} GiB in all"
-        )
+def check_kept(config: HardwareConfig, what: str, total: int) -> None:
+    """Refuses a reserve and a margin that leave nothing of a device."""
+    kept, said = kept_free(config)
+    if kept and kept * GIB >= total:
+        raise ConfigError(f"{said} nothing: {what} has {total / GIB:.2f} GiB in all", f"{LESS.capitalize()}.")
 
 
 def _capped(gpu: Gpu, gib: float | None, config: HardwareConfig) -> Gpu:

@@ -13,6 +13,7 @@ from orchestrator.hardware.host import disk_room
 from orchestrator.report.console import size
 
 _WORTH_SAYING = 1.05  # a conversion that takes so much more room than its result
+_CALLED = {"paths.artifacts": "the store", "output.path": "the output"}
 _ELSEWHERE = {
     "paths.artifacts": "Free some (task=artifacts artifacts.action=prune), or set paths.artifacts=FOLDER elsewhere.",
     "output.path": "Free some, or put both on one disk (paths.artifacts=FOLDER): then it takes the space once.",
@@ -90,16 +91,31 @@ def must_be_writable(needs: Sequence[Need]) -> None:
         ConfigError: with the reason, and what to do.
     """
     for need in needs:
-        if not need.bytes:
-            continue
-        try:
-            with tempfile.TemporaryFile(dir=existing(need.path)):
-                pass
-        except OSError as error:
+        if why := _why_not(need):
             raise ConfigError(
-                f"{need.key}={need.path} cannot be written ({error.strerror})",
-                f"Set {need.key}=FOLDER to one that can.",
-            ) from None
+                f"{need.key}={need.path} cannot be written ({why})", f"Set {need.key}=FOLDER to one that can."
+            )
+
+
+def not_writable(needs: Sequence[Need]) -> list[str]:
+    """What `must_be_writable` would refuse, as a plan says it."""
+    found = ((need, _why_not(need)) for need in needs)
+    return [
+        f"{_CALLED[need.key]} cannot be written: {need.key}={need.path} ({why}); set {need.key}=FOLDER to one that can"
+        for need, why in found
+        if why
+    ]
+
+
+def _why_not(need: Need) -> str:
+    """Why a folder that something has to go to cannot be written; "" where it can. Leaves nothing there."""
+    if not need.bytes:
+        return ""
+    try:
+        with tempfile.TemporaryFile(dir=existing(need.path)):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def must_have_room(needs: Sequence[Need]) -> None:

@@ -1,8 +1,9 @@
-"""What a person sees: tables and progress on stderr, answers on stdout."""
+"""What a person sees: what was asked for (answers, or with task=plan the plan) on stdout, all else on stderr."""
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,11 +22,18 @@ _BAR = 20  # columns: with the numbers and a name it fits into 80
 
 
 def console(stream: Any = None) -> Console:
-    """A rich console on stderr (or `stream`), as wide as the terminal, 110 columns where there is none."""
+    """A rich console on stderr (or `stream`), as wide as the terminal, COLUMNS, or 110 columns."""
 
     stream = sys.stderr if stream is None else stream
-    width = None if stream.isatty() else 110
-    return _console_class()(file=stream, width=width, highlight=False, soft_wrap=False)
+    return _console_class()(file=stream, width=_width(stream.isatty()), highlight=False, soft_wrap=False)
+
+
+def _width(terminal: bool) -> int | None:
+    """Columns of a line; None: those that the terminal has, as long as it has them."""
+    said = os.environ.get("COLUMNS", "")
+    if not said.isdecimal():
+        return None if terminal else 110
+    return int(said) or (80 if terminal else 110)  # where it is 0, rich would print nothing
 
 
 @functools.cache

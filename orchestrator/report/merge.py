@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from orchestrator.report.console import console
-from orchestrator.report.tables import table
+from orchestrator.report.tables import fitting, table
 
 
 def show_merge(report: dict[str, Any]) -> None:
@@ -31,7 +31,7 @@ def show_merge(report: dict[str, Any]) -> None:
         lost = [m["nf4_rounding"] for m in modules if "nf4_rounding" in m]
         last = [_ratio(statistics.median(lost)) if lost else "-"] if rounded else []
         made.add_row(kind, str(len(modules)), *cells, f"{shares:.1%}", *last)
-    out.print(made)
+    out.print(fitting(out.width, made))
     if rounded:
         text = (
             "NF4: how far its rounding takes the weights from those that merge.base=original would give; "

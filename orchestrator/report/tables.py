@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -13,25 +14,74 @@ from orchestrator.report.console import size
 
 if TYPE_CHECKING:
     from rich.console import OverflowMethod
-    from rich.table import Table
+    from rich.table import Column, Table
+    from rich.text import Text
 
+LONG_WORD = 12  # a word that is longer (a path) may be cut where its column may be folded; no number is
+INDENT, NO_BREAK = "  ", "\N{NO-BREAK SPACE}"
 WORTH_SAYING = 256 * MIB  # held on a GPU by nobody that can be named: less is the driver's bookkeeping
 
 
-def fitting(width: int, *versions: Table) -> Table:
-    """The first of these that is whole in so many columns, else the last: of one table, the wider versions first."""
-    return next((made for made in versions if least_width(made) <= width), versions[-1])
+def fitting(width: int, *versions: Table) -> Table | Text:
+    """The first of these that is whole in so many columns, else a list of what is in the first: no number is ever cut.
+
+    Args:
+        versions: of one table, the wider ones first.
+    """
+    for made in versions:
+        if (spare := width - _least_width(made)) >= 0:
+            _share_out(made, spare)
+            return made
+    return _listed(versions[0], width)
 
 
-def least_width(made: Table) -> int:
+def _least_width(made: Table) -> int:
     """Columns in which each cell of a table is whole, and of one that may be folded each word."""
-    widths = []
-    for column in made.columns:
-        cells = [str(cell) for cell in (column.header, *column.cells)]
-        parts = cells if column.no_wrap else [word for cell in cells for word in cell.split()]
-        widths.append(max(map(len, parts), default=0))
     gap = 1 + made.padding[1]
-    return sum(widths) + gap * (len(widths) - 1)
+    return sum(map(_least, made.columns)) + gap * (len(made.columns) - 1)
+
+
+def _least(column: Column) -> int:
+    words = (word[:LONG_WORD] for cell in _cells(column) for word in cell.split())
+    return _whole(column) if column.no_wrap else max(map(len, words), default=0)
+
+
+def _whole(column: Column) -> int:
+    return max(len(line) for cell in _cells(column) for line in cell.split("\n"))
+
+
+def _cells(column: Column) -> list[str]:
+    return [str(cell) for cell in (column.header, *column.cells)]
+
+
+def _share_out(made: Table, spare: int) -> None:
+    """Gives what is left of the line to the columns that may be folded: rich would cut words of one for another's."""
+    for column in made.columns:
+        if not column.no_wrap:
+            column.width = min(_whole(column), _least(column) + spare)
+            spare -= column.width - _least(column)
+
+
+def _listed(made: Table, width: int) -> Text:
+    """A table as a list: a row's name, which is in its first column and in those without a header, then the others."""
+    from rich.text import Text
+
+    names, *rows = zip(*map(_cells, made.columns), strict=True)
+    text = Text.assemble((f"{made.title}\n", "bold"))
+    for row, cells in zip(made.rows, rows, strict=True):
+        head = [cell for i, (name, cell) in enumerate(zip(names, cells, strict=True)) if cell and not (i and name)]
+        said = [f"{name} {cell}" for name, cell in zip(names[1:], cells[1:], strict=True) if name and cell.strip("-")]
+        text.append("\n".join((" ".join(head), *_lines(said, width), "")), style=row.style or "")
+    text.rstrip()
+    return text
+
+
+def _lines(said: list[str], width: int) -> list[str]:
+    """As many to a line as there is room for; only what is longer than a line is broken, between words."""
+    room = width - len(INDENT)
+    kept = [text.replace(" ", NO_BREAK) if len(text) < room else text for text in said]
+    lines = textwrap.wrap(", ".join(kept), max(room, 1), break_long_words=False, break_on_hyphens=False)
+    return [f"{INDENT}{line.replace(NO_BREAK, ' ')}" for line in lines]
 
 
 def table(title: str, *columns: str, left: int = 1, folded: tuple[str, ...] = (), gap: int = 2) -> Table:
@@ -48,7 +98,7 @@ def table(title: str, *columns: str, left: int = 1, folded: tuple[str, ...] = ()
     made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
     made.padding, made.pad_edge, made.show_edge = (0, gap - 1, 0, 0), False, False
     for i, column in enumerate(columns):
-        # What a narrower terminal has no room for is seen to be cut off: -122… is not -122.
+        # What is printed without `fitting` to a narrower terminal is seen to be cut off: -122… is not -122.
         fold = column in folded
         overflow: OverflowMethod = "fold" if fold else "ellipsis"
         made.add_column(column, justify="left" if i < left else "right", no_wrap=not fold, overflow=overflow)

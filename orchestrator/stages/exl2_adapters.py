@@ -65,13 +65,20 @@ def write_adapters(config: Config, source: Source, run: RunFolder) -> list[tuple
 
 
 def disk_part(store: Store, source: Source) -> list[Part]:
-    """What the stage will write, by headers alone."""
-    parts = []
-    for adapter, weight in source.unmerged:
-        needed = _shard(lora_targets(adapter, source.base)).file_bytes
-        recipe = _recipe(source.base, adapter, weight) if source.is_here else None
-        parts.append(Part("for an adapter", needed, store.to_write(recipe, needed) if recipe else needed))
-    return parts
+    """What the stage will write, by headers alone: those adapters together that are not there yet."""
+    sizes = [_to_write(store, source, adapter, weight) for adapter, weight in source.unmerged]
+    missing = [(needed, adds) for needed, adds in sizes if adds]
+    if not missing:
+        return []
+    what = "for an adapter" if len(missing) == 1 else f"for {len(missing)} adapters"
+    return [Part(what, sum(needed for needed, _ in missing), sum(adds for _, adds in missing))]
+
+
+def _to_write(store: Store, source: Source, adapter: Adapter, weight: float) -> tuple[int, int]:
+    """Bytes that an adapter takes once it is done, and those that the disk needs for it."""
+    needed = _shard(lora_targets(adapter, source.base)).file_bytes
+    recipe = _recipe(source.base, adapter, weight) if source.is_here else None
+    return needed, store.to_write(recipe, needed) if recipe else needed
 
 
 def _recipe(base: Checkpoint, adapter: Adapter, weight: float) -> Recipe:

@@ -11,7 +11,7 @@ from orchestrator.artifacts import MANIFEST, Artifact, Store, last_used
 from orchestrator.config import Config, did_you_mean, folder
 from orchestrator.errors import RequestError, StageError
 from orchestrator.report.console import console, size
-from orchestrator.report.tables import short, table
+from orchestrator.report.tables import fitting, short, table
 from orchestrator.runfolder import RunFolder
 
 DAY = 86400.0
@@ -75,7 +75,8 @@ def _list(config: Config, store: Store, found: _Found, run: RunFolder) -> None:
         listed.add_row(path.name, short(_bytes(path)), "damaged", "", style="red")
     for path in found.partials:
         listed.add_row(path.name, short(_bytes(path)), "unfinished", "")
-    console(sys.stdout).print(listed)
+    out = console(sys.stdout)
+    out.print(fitting(out.width, listed))
     rows = [{"name": a.name, "bytes": a.size, "last_used": last_used(a)} for a in found.finished]
     names = {"damaged": [p.name for p in found.damaged], "partials": [p.name for p in found.partials]}
     run.write("result.json", {"artifacts": rows, **names})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from orchestrator.backends.table import BACKENDS
 from orchestrator.config import Config
 from orchestrator.engine.interpreters import how_to_install
-from orchestrator.plan.disk import must_be_writable
+from orchestrator.plan.disk import must_be_writable, not_writable
 from orchestrator.plan.types import Candidate, Plan
 from orchestrator.report.console import console
 from orchestrator.report.plan import bars, candidates_table, changes_table, command, legend
@@ -20,10 +20,11 @@ from orchestrator.tasks.session import Planned, fits, look, show_plan
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
 
 def plan(config: Config, folder: RunFolder) -> None:
-    """Prints the plan, every candidate, and the command that runs the best; plan.json has all of it.
+    """Prints the plan, every candidate, and the command that runs the best on stdout; plan.json has all of it.
 
     Raises:
         DoesNotFitError: nothing that was asked for fits.
@@ -33,22 +34,23 @@ def plan(config: Config, folder: RunFolder) -> None:
     chosen = planned.plan.chosen
     run = command(_typed(), chosen, config) if chosen.fits and not chosen.needs else None
     folder.write("plan.json", planned.to_json() | {"command": run})
-    show_plan(planned, chosen)
     out = console(sys.stdout)
-    out.print(*bars(chosen, out.width), "", sep="\n")
+    show_plan(planned, chosen, out)
+    out.print("", *bars(chosen, out.width), "", sep="\n")
     out.print(_fitting(out, planned.plan, candidates_table))
     for text in (*legend(planned.plan), *_missing(planned), ""):
         out.print(text, markup=False, soft_wrap=True)
     if planned.plan.changes:
         out.print(_fitting(out, planned.plan, changes_table))
-    for text in _to_run(planned, config):
+    here = " (this machine)" if planned.elsewhere else ""
+    for text in (*(f"{line}{here}" for line in not_writable(planned.disk)), *_to_run(planned, config)):
         out.print(text, markup=False, soft_wrap=True)
     fits(planned)
     if not planned.elsewhere:
         must_be_writable(planned.disk)
 
 
-def _fitting(out: Console, plan: Plan, table: Callable[..., Table]) -> Table:
+def _fitting(out: Console, plan: Plan, table: Callable[..., Table]) -> Table | Text:
     return fitting(out.width, table(plan), table(plan, narrow=True))
 
 

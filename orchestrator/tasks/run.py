@@ -16,7 +16,7 @@ from orchestrator.plan.types import Candidate
 from orchestrator.prompts import Prompt, read_file, read_prompts
 from orchestrator.report.console import console, note
 from orchestrator.report.streams import silence
-from orchestrator.report.tables import result_table
+from orchestrator.report.tables import fitting, result_table
 from orchestrator.runfolder import RunFolder
 from orchestrator.tasks.answers import AnswersFile
 from orchestrator.tasks.session import Session, look, open_session
@@ -78,7 +78,8 @@ def _run(
         }
     answers.finish()
     folder.write("result.json", session.result() | {"measured": measured})
-    console().print(result_table(session.chosen, measured))
+    out = console()
+    out.print(fitting(out.width, result_table(session.chosen, measured)))
     note(f"answers, plan.json, result.json, status.json, run.log: {folder.path}")
     if shown.failed is not None:
         raise OutputError(shown.failed.message, f"All answers are in {answers.path}.")

@@ -7,8 +7,9 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator import __version__, embedded
 from orchestrator.artifacts import kept
@@ -39,6 +40,9 @@ from orchestrator.runfolder import RunFolder
 from orchestrator.tasks.gpus import leased
 from orchestrator.tasks.record import keep, keep_out_of_memory, memory, with_use
 from orchestrator.tokenizer import Tokenizer, check_tokenizer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # GPUs are numbered as NVML does; nothing is fetched; the tokenizer's threads would outnumber the cores.
 ENGINE_ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -283,23 +287,27 @@ def embedded_defaults(config: Config) -> Config:
     return config
 
 
-def show_plan(planned: Planned, chosen: Candidate) -> None:
-    """The plan for the person: the model, the machine, the table, the reason."""
-    out, source = console(), planned.source
+def show_plan(planned: Planned, chosen: Candidate, out: Console) -> None:
+    """The plan for the person: the model, the machine, the table, the reason. What is to be known of it: on stderr.
+
+    Args:
+        out: on stdout where the plan is what was asked for, else on stderr.
+    """
     for line in planned.plan.notes:
         note(f"note: {line}")
-    note(model_line(source.label, planned.spec, len(source.adapters), len(source.unmerged)))
+    source, said = planned.source, partial(out.print, markup=False, soft_wrap=True)
+    said(model_line(source.label, planned.spec, len(source.adapters), len(source.unmerged)))
     for line in (hardware_line(planned.hardware), *held_lines(planned.hardware)):
-        note(line)
+        said(line)
     out.print(fitting(out.width, plan_table(chosen), plan_table(chosen, narrow=True)))
-    note(margin_line(chosen))
+    said(margin_line(chosen))
     if chosen.fits:
-        note(f"chosen: {chosen.label}: {why(chosen, planned.plan, planned.config)}")
+        said(f"chosen: {chosen.label}: {why(chosen, planned.plan, planned.config)}")
     for line in chosen.notes:
-        note(f"note: {line}")
+        said(line)
     for need in planned.disk:
         if need.bytes:
-            note(f"on disk: {need}{' (this machine)' if planned.elsewhere else ''}")
+            said(f"on disk: {need}{' (this machine)' if planned.elsewhere else ''}")
 
 
 def load_plan(planned: Planned, chosen: Candidate, model: Path, adapters: Sequence[Path] = ()) -> LoadPlan:
@@ -379,7 +387,7 @@ def open_session(
     if chosen is not planned.plan.chosen:
         planned = replace(planned, disk=disk_needs(config, planned.source, chosen))
     run.write("plan.json", planned.to_json() | chosen.to_json())
-    show_plan(planned, chosen)
+    show_plan(planned, chosen, console())
     has_room(planned)
     tokenizer = None if is_built(config, planned.source, chosen) else _tokenizer(planned, chosen, check)
     with ExitStack() as holding, ExitStack() as loading:

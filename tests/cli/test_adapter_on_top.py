@@ -35,10 +35,23 @@ def test_a_plan(orchestrator: Orchestrator, pair: tuple[Path, Path]) -> None:
     assert plan["adapter_bytes"] == {"cuda:0": factors}
     assert plan["gpus"][0]["weights"] == merged["gpus"][0]["weights"] + factors
     assert plan["adapters"] == [str(lora)]
-    assert "1 adapter on top" in done.err
-    assert "for an adapter" in done.err
+    assert "1 adapter on top" in done.out
+    assert "for an adapter" in done.out
     assert "model.merge=false" in plan["command"]
     assert merged["adapter_bytes"] == {}
+
+
+@pytest.mark.parametrize("merge", ["true", "false"])
+def test_token_rows_that_were_lost_are_said_either_way(orchestrator: Orchestrator, tmp_path: Path, merge: str) -> None:
+    base = small_models.write_headers(tmp_path / "base", SHAPE)
+    lora = write_adapter(tmp_path / "lora", SHAPE, RANK)
+    file = lora / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"trainable_token_indices": [3, 5]}))
+    argv = ("task=plan", "hardware=1x24gb", f"model.path={base}", f"model.adapter={lora}", f"model.merge={merge}")
+    done = orchestrator(*argv)
+    assert done.code == 2
+    assert "trainable_token_indices names 2 rows of the embedding, the adapter holds none of them" in done.error
+    assert done.error.endswith("It was saved incompletely: save it again with PEFT.")
 
 
 def test_the_embedded_adapter_has_a_plan(orchestrator: Orchestrator) -> None:

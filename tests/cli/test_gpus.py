@@ -53,7 +53,7 @@ def test_a_plan_says_who_holds_the_memory(machine: Machine, orchestrator: Orches
     first = machine.run("runs/first", 20)
     first.said()
     done = orchestrator("task=plan")
-    assert f"GPU 0: 20.00 GiB held by runs/first (pid {first.pid})" in done.err
+    assert f"GPU 0: 20.00 GiB held by runs/first (pid {first.pid})" in done.out
     [gpu] = done.json("plan.json")["hardware"]["gpus"]
     assert gpu["held_by"] == [{"pid": first.pid, "name": "runs/first", "bytes": 20 * 2**30, "ours": False}]
 

@@ -13,9 +13,9 @@ from orchestrator.calibration import NAME
 
 
 def kept(done: Done) -> str:
-    """The line that says what the plan keeps free."""
+    """The line that says what the plan keeps free: on stdout of a plan, on stderr of a run."""
     assert done.code == 0, done.err
-    (line,) = (line for line in done.err.splitlines() if line.startswith("kept free: "))
+    (line,) = (line for line in (done.out + done.err).splitlines() if line.startswith("kept free: "))
     return line
 
 

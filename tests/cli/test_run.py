@@ -76,6 +76,11 @@ def test_the_plan_has_the_documented_fields_and_was_kept(default_run: Done) -> N
     assert result["measured"]["placement"] == {"cpu": plan["host"]["weights"]}
 
 
+def test_stdout_is_the_answers(default_run: Done) -> None:
+    assert default_run.out.startswith("> ")
+    assert "Plan: " in default_run.err
+
+
 def test_the_width_that_nobody_asked_for_is_said(default_run: Done, orchestrator: Orchestrator) -> None:
     said = "runs at 4 bits unless"
     assert said in default_run.err

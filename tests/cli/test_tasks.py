@@ -67,6 +67,40 @@ def test_the_command_of_a_plan_can_be_typed(orchestrator: Orchestrator) -> None:
     assert done.json("result.json")["plan"]["backend"] == planned["backend"]
 
 
+PLAN = ("LlamaForCausalLM", "1 x 24 GiB card", "Plan: ", "kept free: ", "on disk: ", "What could run it", "To run it: ")
+
+
+def test_a_plan_is_on_stdout_as_a_whole_and_what_is_to_be_known_of_it_on_stderr(orchestrator: Orchestrator) -> None:
+    done = orchestrator("task=plan", "hardware=1x24gb", "convert.dtype=float32")
+    assert done.code == 0, done.err
+    places = [done.out.find(part) for part in PLAN]
+    assert places[0] > -1
+    assert places == sorted(places)
+    assert done.err
+    assert all(line.startswith("note: ") for line in done.err.splitlines())
+
+
+def test_a_plan_that_does_not_fit_is_on_stdout_too(orchestrator: Orchestrator) -> None:
+    model = small_models.write_headers(orchestrator.folder / "7b", small_models.LLAMA_7B)
+    done = orchestrator("task=plan", "hardware=1x8gb", f"model.path={model}", "quant.bits=16")
+    assert done.code == 3
+    assert all(part in done.out for part in ("Does not fit: ", ", too much", "What to change, cheapest first"))
+    assert {line.partition(": ")[0] for line in done.err.splitlines()} == {"note", "error"}
+
+
+@pytest.mark.parametrize(("profile", "code"), [("1x24gb", 0), ("cpu", 2)])
+def test_a_plan_says_that_the_store_cannot_be_written(orchestrator: Orchestrator, profile: str, code: int) -> None:
+    """For another machine it is no mistake: that one may have another disk."""
+    file = orchestrator.folder / "file"
+    file.write_text("")
+    done = orchestrator("task=plan", f"hardware={profile}", f"paths.artifacts={file}")
+    said = f"the store cannot be written: paths.artifacts={file} (Not a directory); set paths.artifacts=FOLDER"
+    assert done.code == code
+    assert -1 < done.out.find(said) < done.out.find("To run it: ")
+    if code:
+        assert f"paths.artifacts={file} cannot be written (Not a directory)" in done.error
+
+
 @pytest.mark.parametrize("task", ["plan", "run"])
 def test_what_does_not_fit_ends_with_3_and_the_numbers(orchestrator: Orchestrator, task: str) -> None:
     done = orchestrator(f"task={task}", "hardware=cpu", "hardware.memory_gib=0.2", "hardware.margin_gib=0")
@@ -294,7 +328,7 @@ def test_it_does_not_matter_from_where_it_is_called(orchestrator: Orchestrator) 
     assert done.returncode == 0, done.stderr
     [run] = (elsewhere / "runs").iterdir()
     assert json.loads((run / "plan.json").read_text())["fits"]
-    assert str(model) in done.stderr.replace("\n", "")
+    assert str(model) in done.stdout.replace("\n", "")
 
 
 def test_a_reader_that_goes_away_is_no_traceback(orchestrator: Orchestrator) -> None:

@@ -39,7 +39,11 @@ def test_a_reader_that_goes_away_from_a_plan_ends_it_quietly(orchestrator: Orche
         assert done.returncode == 141, done.stderr
         said = (orchestrator.folder / "err").read_text()
         assert not any(word in said.lower() for word in ("error", "traceback", "pipe"))
-    [run] = orchestrator.runs.iterdir()
+    done = shell(orchestrator, ["task=plan"], "| head -3")
+    assert len(done.stdout.splitlines()) == 3
+    assert "Plan: " in done.stdout
+    assert all(line.startswith("note: ") for line in done.stderr.splitlines())
+    run = min(orchestrator.runs.iterdir())
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("interrupted", 141)
     assert (run / "plan.json").exists()

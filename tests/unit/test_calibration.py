@@ -106,6 +106,13 @@ def test_a_margin_can_be_asked_for(tmp_path: Path, spec: ModelSpec) -> None:
     assert much.gpus[0].capacity == 16 * GIB
 
 
+def test_no_margin_is_more_than_is_free(tmp_path: Path, spec: ModelSpec) -> None:
+    """Others may hold most of a card whose own size leaves room for it."""
+    busy = planned(tmp_path, spec, machine(8), "hardware.margin_gib=9")
+    assert (busy.gpus[0].capacity, busy.margin, busy.fits) == (0, 8 * GIB, False)
+    assert busy.reasons[-1] == "it would without the 8.00 GiB kept free (hardware.margin_gib)"
+
+
 def test_another_engine_or_another_card_is_not_learned_from(tmp_path: Path) -> None:
     for _ in range(3):
         append(tmp_path, line(100))

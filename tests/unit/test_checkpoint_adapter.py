@@ -327,6 +327,35 @@ def test_token_rows(tmp_path, base):
     assert target.rows == (5, 3)
 
 
+@pytest.mark.parametrize(
+    ("indices", "said"),
+    [
+        ([5, 3], "2 rows of the embedding"),
+        ({"embed_tokens": [5]}, "1 row of embed_tokens"),
+        ({"embed_tokens": [5], "lm_head": [3, 4]}, "1 row of embed_tokens"),
+    ],
+)
+def test_token_rows_that_were_lost(tmp_path, base, indices, said):
+    config = {"trainable_token_indices": indices}
+    adapter = open_adapter(write_adapter(tmp_path / "lora", adapter_tensors([Q_PROJ]), config=config))
+    refused(lambda: targets(adapter, base), f"trainable_token_indices names {said}", "holds none", "saved incompletely")
+
+
+@pytest.mark.parametrize(("tied", "head"), [(False, [5, 3]), (True, [5])])
+def test_token_rows_of_the_head_that_were_lost(tmp_path, tied, head):
+    tensors = {DELTA: torch.ones(2, 32)}
+    config = {"trainable_token_indices": {"embed_tokens": [5, 3], "lm_head": head}}
+    adapter = open_adapter(write_adapter(tmp_path / "lora", tensors, config=config))
+    model = open_checkpoint(write_model(tmp_path / "model", config={"tie_word_embeddings": tied}))
+    refused(lambda: targets(adapter, model), "rows of lm_head" if len(head) > 1 else "1 row of lm_head")
+
+
+def test_no_token_rows_are_none_that_were_lost(tmp_path, base):
+    config = {"trainable_token_indices": {"embed_tokens": []}}
+    adapter = open_adapter(write_adapter(tmp_path / "lora", adapter_tensors([Q_PROJ]), config=config))
+    assert list(targets(adapter, base)) == [f"{Q_PROJ}.weight"]
+
+
 def test_a_bias_needs_a_bias_of_the_base(tmp_path, base):
     bias = f"base_model.model.{Q_PROJ}.lora_B.bias"
     tensors, config = adapter_tensors([Q_PROJ]) | {bias: torch.ones(32)}, {"lora_bias": True}

@@ -122,7 +122,7 @@ def test_another_type_of_the_merged_model_is_counted(place: Place) -> None:
 def test_a_plan_says_it_in_a_line_and_in_its_file(place: Place, capsys: pytest.CaptureFixture[str], full: None) -> None:
     argv = ("hardware=1x24gb", "backend=exllamav2", "quant.bits=4", f"model.adapter={place.adapter}")
     plan(place.config(*argv, task="plan"), place.run)
-    said = " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().out.split())
     needed = place.json()["disk_needed"]
     assert needed == {"path": str(place.store), "bytes": needed["bytes"], "free": 2**20}
     assert needed["bytes"] > 2**20

@@ -161,6 +161,18 @@ def test_each_gpu_may_have_a_size_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
         (["hardware=cpu", "hardware.memory_gib=[24,16]"], False, "gives 2 sizes, and there is no GPU"),
         (["hardware.reserve_gib=10"], False, "leaves nothing: GPU 1 has 10.00 GiB"),
         (["hardware=cpu", "hardware.reserve_gib=64"], False, "leaves nothing: this machine has 64.00 GiB"),
+        (["hardware.margin_gib=10"], False, r"margin_gib=10 leaves nothing: GPU 1 has 10.00 GiB in all\. Set less, or"),
+        (["hardware=cpu", "hardware.margin_gib=64"], False, "margin_gib=64 leaves nothing: this machine has 64.00 GiB"),
+        (
+            ["hardware.reserve_gib=8", "hardware.margin_gib=2"],
+            False,
+            "hardware.reserve_gib=8 and hardware.margin_gib=2 leave nothing: GPU 1 has 10.00 GiB",
+        ),
+        (
+            ["hardware=1x24gb", "hardware.margin_gib=23.7"],
+            True,
+            "the 24 GiB card without what its driver keeps has 23.5",
+        ),
     ],
 )
 def test_caps_that_contradict_the_machine_are_refused_with_numbers(
@@ -185,6 +197,14 @@ def test_caps_that_contradict_the_machine_are_refused_with_numbers(
         (["hardware.reserve_gib=-1"], "hardware.reserve_gib=-1"),
         (["hardware.memory_gib=4", "hardware.reserve_gib=5"], "reserve_gib=5 leaves nothing of hardware.memory_gib=4"),
         (["hardware=1x24gb", "hardware.reserve_gib=24"], "reserve_gib=24 leaves nothing of hardware.memory_gib=24"),
+        (
+            ["hardware=1x24gb", "hardware.margin_gib=100"],
+            "margin_gib=100 leaves nothing of hardware.memory_gib=24: set less, or leave it out",
+        ),
+        (
+            ["hardware=1x24gb", "hardware.margin_gib=12", "hardware.reserve_gib=12"],
+            "hardware.margin_gib=12 leave nothing",
+        ),
         (["hardware.memory_gib=[24,4]", "hardware.reserve_gib=5"], "leaves nothing of hardware.memory_gib=4"),
         (["hardware=4x24gb", "hardware.cards=0"], "hardware.cards=0 is out of range"),
         (["hardware=4x24gb", "hardware.cards=-4"], "hardware.cards=-4 is out of range"),

@@ -212,6 +212,7 @@ CASES = {
     "a router": ("qwen3_moe", {"r": 2, "target_modules": ["gate", "q_proj"], "rank_pattern": {"gate.weight": 3}}),
     "fused names": ("phi3", {"r": 4, "target_modules": ["qkv_proj", "gate_up_proj"]}),
     "tied token rows": ("tied", {**Q, "trainable_token_indices": [7, 3]}),
+    "tied, token rows of both": ("tied", {**Q, "trainable_token_indices": {"embed_tokens": [7], "lm_head": [7]}}),
     "tied, saved embedding": ("tied", {**Q, "modules_to_save": ["embed_tokens"]}),
     "tied, saved head": ("tied", {**Q, "modules_to_save": ["lm_head"]}),
     "tied, saved both": ("tied", {**Q, "modules_to_save": ["lm_head", "embed_tokens"]}),

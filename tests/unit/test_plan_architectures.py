@@ -166,6 +166,6 @@ def test_a_config_alone_is_enough_to_plan_and_not_to_run(tmp_path: Path) -> None
     )
     assert planned.returncode == 0, planned.stderr
     assert "sizes are derived from config.json" in planned.stderr
-    assert "70,553.7 M parameters in BF16" in planned.stderr
+    assert "70,553.7 M parameters in BF16" in planned.stdout
     assert run.returncode == 2
     assert "holds no weights" in run.stderr

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 import small_models
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.spec import model_spec
@@ -26,10 +25,10 @@ from orchestrator.hardware import detect
 from orchestrator.plan.planner import make_plan
 from orchestrator.plan.types import Change, Plan
 from orchestrator.report import merge as merge_report
-from orchestrator.report.console import size
+from orchestrator.report.console import console, size
 from orchestrator.report.plan import BAR as BAR_CELLS
 from orchestrator.report.plan import bars, candidates_table, changes_table, legend
-from orchestrator.report.tables import fitting, hardware_line, plan_table, short
+from orchestrator.report.tables import fitting, hardware_line, plan_table, short, table
 
 ROOT = Path(__file__).parents[2]
 BAR = """
@@ -47,7 +46,7 @@ with steps("measuring") as show:
 """
 
 
-def lines(table: Table, width: int = 80) -> list[str]:
+def lines(table: RenderableType, width: int = 80) -> list[str]:
     out = StringIO()
     Console(file=out, width=width).print(table)
     return [line.rstrip() for line in out.getvalue().splitlines()]
@@ -91,14 +90,55 @@ def test_candidates_have_a_line_each(plan: Plan) -> None:
         assert float(row.split()[-2]) == pytest.approx(candidate.fullest.left / 2**30, abs=0.06)
 
 
-def test_on_a_narrow_terminal_a_number_is_whole_or_seen_to_be_cut(plan: Plan) -> None:
-    _, _, _, *wide = lines(candidates_table(plan), 200)
-    for width in (40, 60, 70):
-        _, _, _, *rows = lines(candidates_table(plan), width)
-        for row, whole in zip(rows, wide, strict=True):
-            cells, numbers = row.split()[-5:], whole.split()[-5:]
-            for cell, number in zip(cells, numbers, strict=True):
-                assert cell == number or (cell.endswith("…") and number.startswith(cell[:-1]))
+@pytest.mark.parametrize("width", [16, 24, 40, 52])
+def test_on_a_narrow_terminal_a_table_is_a_list_with_every_number_whole(plan: Plan, width: int) -> None:
+    for made in (candidates_table(plan), plan_table(plan.chosen)):
+        _, _, _, *rows = lines(made, 200)
+        shown = lines(fitting(width, made), width)
+        words = [word.rstrip(",") for line in shown for word in line.split()]
+        assert all(len(line) <= width and "\u2026" not in line for line in shown)
+        numbers = [word for row in rows for word in row.split() if re.fullmatch(r"-?[\d.]+", word)]
+        assert [word for word in words if word in numbers] == numbers
+
+
+def test_a_row_of_a_list_is_its_name_and_below_it_what_it_has() -> None:
+    made = table("A title", "engine", "", "fits", "weights", "context", left=3)
+    made.add_row("exllamav2*", "EXL2 4", "yes", "32.1", "4096")
+    made.add_row("one\ntwo", "", "no", "12.5", "-")
+    assert lines(fitting(27, made), 27) == [
+        "A title",
+        "exllamav2* EXL2 4",
+        "  fits yes, weights 32.1,",
+        "  context 4096",
+        "one",
+        "two",
+        "  fits no, weights 12.5",
+    ]
+    assert lines(fitting(80, made), 80)[3].split() == ["exllamav2*", "EXL2", "4", "yes", "32.1", "4096"]
+
+
+@pytest.mark.parametrize("width", range(34, 60))
+def test_a_folded_column_is_folded_between_words(width: int) -> None:
+    made = table("", "change", "gives up", "then", "GiB", left=3, folded=("gives up", "then"))
+    made.add_row("a=1", "113.52 GiB on disk: at most 0.012 tokens/s", "transformers 16 bit", "22.91")
+    text = " ".join(lines(fitting(width, made), width))
+    assert {"113.52", "0.012", "tokens/s", "transformers", "22.91"} <= set(re.split(r"[\s,]+", text))
+
+
+@pytest.mark.parametrize(("columns", "width"), [("60", 60), ("0", 110), ("wide", 110), ("", 110)])
+def test_columns_is_the_width_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, columns: str, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert console(StringIO()).width == width
+
+
+def test_a_terminal_of_no_columns_is_one_of_80(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some programs that run others in a terminal of their own say so."""
+    monkeypatch.setenv("COLUMNS", "0")
+    out = StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    assert console(out).width == 80
 
 
 def test_a_bar_for_each_gpu_is_as_long_as_what_it_holds(plan: Plan) -> None:

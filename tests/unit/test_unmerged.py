@@ -41,6 +41,7 @@ from orchestrator.pipeline import Model, Source, disk_needs, planned_spec, prepa
 from orchestrator.plan.exllamav2 import estimate
 from orchestrator.plan.planner import make_plan
 from orchestrator.plan.types import Ask, Candidate
+from orchestrator.report.console import size
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages.exl2_adapters import CONFIG, WEIGHTS, write_adapter, write_adapters
 from orchestrator.stages.merge import merge
@@ -314,6 +315,20 @@ def test_what_it_writes_is_known_before(tmp_path: Path, run: RunFolder) -> None:
     assert "for an adapter" in str(before)
     [after] = disk_needs(config, source, chosen)
     assert after.bytes == 0
+
+
+def test_several_adapters_are_said_once(tmp_path: Path, run: RunFolder) -> None:
+    base = write_model(tmp_path / "base")
+    loras = [checkpoints.write_adapter(tmp_path / name) for name in ("one", "other")]
+    one, both = on_top(base, loras[0]), on_top(base, *loras)
+    config = composed(f"paths.artifacts={tmp_path / 'store'}")
+    chosen: Any = SimpleNamespace(backend="exllamav2", method="none", bits=16.0)
+    [alone], [before] = (disk_needs(config, source, chosen) for source in (one, both))
+    assert before.bytes == 2 * alone.bytes > 0
+    assert str(before).startswith(f"{size(before.bytes)} for 2 adapters in ")
+    made(config, one, run)
+    [after] = disk_needs(config, both, chosen)
+    assert str(after).startswith(f"{size(alone.bytes)} for an adapter in ")
 
 
 def test_a_damaged_folder_is_found_by_verify(tmp_path: Path, run: RunFolder) -> None:
