@@ -413,7 +413,7 @@ def _check_unmerged(config: Config) -> Iterator[str]:
     """Of model.merge=false: who runs it, and what goes with it."""
     if config.model.merge:
         return
-    name, merged = config.backend.name, "leave model.merge out to have it merged"
+    name, merged = config.backend.name, "leave model.merge out to have it merged into an unquantized model.path"
     if name in BACKENDS and not BACKENDS[name].unmerged:
         able = " or ".join(backends_with_adapters())
         yield (

@@ -6,9 +6,10 @@ import fcntl
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator import __version__
 from orchestrator.config import folder
-from orchestrator.errors import INTERRUPTED, READER_GONE, ConfigError, OrchestratorError, RequestError
+from orchestrator.errors import INTERRUPTED, READER_GONE, ConfigError, OrchestratorError, OutputError, RequestError
 from orchestrator.hub.locate import EXPLICIT, hub_id
 from orchestrator.overrides import PATH_KEYS, literal
 
@@ -37,6 +38,23 @@ def _replace(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+class _Log(logging.FileHandler):
+    """run.log; a run whose record cannot be kept ends."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        raise _unwritten(Path(self.baseFilename), error) from None
+
+
+def _unwritten(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{path} cannot be written ({error.strerror})", "Free some space there, or set paths.runs=FOLDER elsewhere."
+    )
 
 
 def _resumed(tree: DictConfig, saved: Path) -> DictConfig:
@@ -122,23 +140,33 @@ class RunFolder:
         _replace(file, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
 
     def write(self, name: str, value: Any) -> None:
-        """Writes one of the run's JSON files."""
-        write_json(self.path / name, value)
+        """Writes one of the run's JSON files.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        try:
+            write_json(self.path / name, value)
+        except OSError as error:
+            raise _unwritten(self.path / name, error) from None
 
     def status(self, state: str, **more: Any) -> None:
         """Says what the run is doing now, for whoever watches status.json."""
         self._status.update(state=state, updated=time.time(), **more)
-        write_json(self.path / "status.json", {"version": __version__, **self._status})
+        self.write("status.json", {"version": __version__, **self._status})
 
     def failed(self, error: OrchestratorError) -> None:
         """Records how the run failed."""
-        state = "does_not_fit" if error.exit_code == 3 else "failed"
-        self.status(state, exit_code=error.exit_code, error=str(error))
+        self._ended("does_not_fit" if error.exit_code == 3 else "failed", error.exit_code, error=str(error))
+
+    def _ended(self, state: str, exit_code: int, **more: Any) -> None:
+        with suppress(OutputError):  # what it ended with is told all the same
+            self.status(state, exit_code=exit_code, **more)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Keeps run.log, and status.json to the end, whichever end it is."""
-        handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
+        handler = _Log(self.path / "run.log", encoding="utf-8")
         assert handler.stream is not None  # it opens at once
         try:  # of a run that is resumed twice, or while it still runs
             fcntl.flock(handler.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,17 +184,19 @@ class RunFolder:
                 self.status("done", exit_code=0)
         except OrchestratorError as error:
             self.failed(error)
-            logging.getLogger(__name__).error("%s", error)
+            with suppress(OutputError):
+                logging.getLogger(__name__).error("%s", error)
             raise
         except KeyboardInterrupt:
-            self.status("interrupted", exit_code=INTERRUPTED)
+            self._ended("interrupted", INTERRUPTED)
             raise
         except BrokenPipeError:  # whoever read the output has gone
-            self.status("interrupted", exit_code=READER_GONE)
+            self._ended("interrupted", READER_GONE)
             raise
         except SystemExit:  # a library's
-            self.status("interrupted", exit_code=1)
+            self._ended("interrupted", 1)
             raise
         finally:
             root.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):  # of a full disk, which was told
+                handler.close()

@@ -91,9 +91,7 @@ def _check_rank(job: "Matching", parameter: str, experts: int, a: TensorInfo, b:
 def _stacked(job: "Matching", parameter: str, a: TensorInfo, b: TensorInfo) -> ExpertsTarget:
     info = job.tensor(parameter)
     if len(info.shape) != 3:
-        raise job.other_model(
-            f"{job.where}: {shown(parameter)} has {len(info.shape)} dimensions, not stacked experts' 3"
-        )
+        raise job.other_model(f"{shown(parameter)} has {len(info.shape)} dimensions, not stacked experts' 3")
     experts, trained = info.shape[0], (b.shape[0], a.shape[1])
     _check_rank(job, parameter, experts, a, b)
     if trained not in (info.shape[1:], info.shape[:0:-1]):
@@ -116,7 +114,7 @@ def _one_by_one(job: "Matching", parameter: str, a: TensorInfo, b: TensorInfo) -
     )
     if linears is None:
         raise job.other_model(
-            f"{job.where}: the adapter changes {shown(parameter)}, which {shown(job.base.path, 400)} does not have, "
+            f"the adapter changes {shown(parameter)}, which {shown(job.base.path, 400)} does not have, "
             "neither stacked nor one expert at a time"
         )
     count = 0

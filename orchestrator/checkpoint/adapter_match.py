@@ -52,7 +52,7 @@ class Matching:
         found = self.names.find(name)
         if found is None:
             raise self.other_model(
-                f"{self.where}: the adapter changes {shown(name)}, which {shown(self.base.path, 400)} does not have"
+                f"the adapter changes {shown(name)}, which {shown(self.base.path, 400)} does not have"
             )
         info = stored(self.base, self.names, found)
         if info.dtype not in PLAIN_FLOATS:
@@ -71,7 +71,8 @@ class Matching:
         return self.shapes.get(self.name(name)) or self.tensor(name).shape
 
     def other_model(self, message: str) -> CheckpointError:
-        """The error for an adapter that does not fit the base."""
+        """The error for an adapter that does not fit the base; it begins with the adapter's folder."""
+        message = f"{self.where}: {message}"
         if self.lora.base:
             return CheckpointError(message, f"It was trained on {self.lora.base}. Give that model as model.path=...")
         return CheckpointError(message, "Give the model that it was trained on as model.path=...")

@@ -290,6 +290,12 @@ def _noted(sizes: Sizes, notes: list[str], note: str, more: list[str]) -> Sizes:
 
 
 def _missing(checkpoint: Checkpoint, name: str, layers: int) -> CheckpointError:
+    packed = f"{name.removesuffix('.weight')}.q_weight"
+    if packed in checkpoint.tensors and "quantization_config" not in checkpoint.config:
+        return CheckpointError(
+            f"{shown(checkpoint.path, 400)}: {packed} is of an EXL2 model, and config.json has no quantization_config",
+            'Add "quantization_config": {"quant_method": "exl2", "bits": 4.0} to config.json, with its own bits.',
+        )
     what = architecture_name(checkpoint.config)
     return CheckpointError(
         f"{shown(checkpoint.path, 400)}: {name} is missing, which a {what} of {layers} layers needs",

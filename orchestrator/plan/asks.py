@@ -170,6 +170,17 @@ def _dtype(config: Config, backend: Backend, method: str, bits: float, hardware:
     return "bfloat16" if all(gpu.capability >= BF16 for gpu in hardware.gpus) else "float16"
 
 
+def _offer(method: str, widths: tuple[float, ...]) -> str:
+    """As it is typed where the bare name would be read as "nothing"."""
+    return f"{'quant=none' if method == 'none' else method} at {METHODS[method].widths(widths)} bits"
+
+
+def _loads(backend: Backend) -> str:
+    """What it does not make, and runs where a checkpoint is in it already."""
+    others = [name for name in backend.loads if name in METHODS and name not in backend.methods]
+    return f", and {' and '.join(others)} where the checkpoint is in it already" if others else ""
+
+
 def nothing_matches(config: Config) -> str:
     asked = [f"backend={config.backend.name}"] if config.backend.name != "auto" else []
     asked += [f"quant.method={config.quant.method}"] if config.quant.method != "auto" else []
@@ -178,7 +189,7 @@ def nothing_matches(config: Config) -> str:
     asked += ["model.merge=false"] if not config.model.merge else []
     asked += [f"{key}={get(config, key)}" for key in ENGINE_KEYS if get(config, key) is not None]
     have = [
-        f"{b.name} has {', '.join(f'{m} at {METHODS[m].widths(ws)} bits' for m, ws in b.methods.items())}"
+        f"{b.name} has {', '.join(_offer(m, ws) for m, ws in b.methods.items())}{_loads(b)}"
         for b in BACKENDS.values()
         if config.backend.name in ("auto", b.name) and (config.model.merge or b.unmerged)
     ]

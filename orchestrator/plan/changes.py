@@ -147,6 +147,12 @@ def _fewer_in_flight(config: Config, hardware: Hardware) -> Iterator[Try]:
         yield changed(config, {"run.in_flight": 1}), hardware
 
 
+def _narrower(config: Config, hardware: Hardware) -> Iterator[Try]:
+    """Over fewer GPUs than was asked for."""
+    for ranks in range(min((config.parallel.tensor or 1) - 1, len(hardware.gpus)), 1, -1):
+        yield changed(config, {"parallel.tensor": ranks}), hardware
+
+
 def _own_split(config: Config, hardware: Hardware) -> Iterator[Try]:
     """Without a split or a degree that was given by hand."""
     by_hand = {key: None for key in ("parallel.gpu_split", "parallel.tensor", "parallel.pipeline") if get(config, key)}
@@ -250,7 +256,8 @@ def _widths_below(config: Config) -> Iterator[float]:
 
 KINDS = (
     _Kind("answers one after the other", _fewer_in_flight),
-    _Kind("nothing: it is split anew", _own_split),
+    _Kind("some of the width", _narrower),
+    _Kind("the split that was typed", _own_split),
     _Kind("the room for what a plan does not foresee", _no_margin),
     _Kind("a little precision of the cache", _smaller_cache),
     _Kind("the length of a conversation", _shorter_context),

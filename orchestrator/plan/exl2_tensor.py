@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from orchestrator.backends.exl2_setup import round_up
 from orchestrator.backends.known_models import CUT_BY_EXLLAMAV2
 from orchestrator.checkpoint.spec import ModelSpec, SpecTensor
+from orchestrator.hardware import Gpu
 from orchestrator.plan.exl2_sizes import (
     CUBLAS_WORKSPACE,
     dequantized,
@@ -29,6 +30,7 @@ from orchestrator.plan.types import Ask
 _HALF = 2  # bytes
 _MLP_UNIT, _OUTPUT_UNIT = 128, 32  # columns that are not cut
 _LEAST_MLP, _LEAST_OUTPUT, _LEAST_WORDS = 2, 8, 16  # units: a GPU that would get fewer gets none
+_FLASH_ATTENTION = (8, 0)  # compute capability; its cache is not paged without it, and no layers are cut then
 _PERMUTED = "down_proj"  # loaded without a permutation
 
 
@@ -51,17 +53,23 @@ class Rank:
         return max(self.scratch, self.loading - self.cache)
 
 
-def refusals(spec: ModelSpec, ask: Ask, ranks: int, gpus: int) -> Iterator[str]:
+def refusals(spec: ModelSpec, ask: Ask, ranks: int, gpus: Sequence[Gpu]) -> Iterator[str]:
     """Why exllamav2 would not run this model so, or would answer wrongly without a word."""
     name = f"parallel.tensor={ranks}"
-    if ranks > gpus:
-        yield f"{name} is for {ranks} GPUs, and there {'is' if gpus == 1 else 'are'} {gpus}"
+    if ranks > len(gpus):
+        yield f"{name} is for {ranks} GPUs, and there {'is' if len(gpus) == 1 else 'are'} {len(gpus)}"
+    if old := next((gpu for gpu in gpus[:ranks] if gpu.capability < _FLASH_ATTENTION), None):
+        yield (
+            f"{name}: exllamav2 cuts layers with flash-attn only, which needs compute capability 8.0, and GPU "
+            f"{old.index} has {old.capability_text}"
+        )
     if spec.architecture not in CUT_BY_EXLLAMAV2:
         yield f"{name}: exllamav2 cuts the layers of {', '.join(sorted(CUT_BY_EXLLAMAV2))}, not of {spec.architecture}"
     if ask.method != "exl2":
         yield f"{name}: exllamav2 cuts linears that are quantized to EXL2 only"
     if spec.loras:
-        yield f"{name}: exllamav2 leaves adapters out where it cuts layers: merge them (leave out model.merge)"
+        how = "leave out model.merge" if spec.quantization is None else "give the original 16-bit model as model.path"
+        yield f"{name}: exllamav2 leaves adapters out where it cuts layers; {how} to have them merged"
     if spec.quantization is not None and not any(t.role == "head" and t.parts for t in spec.tensors):
         yield f"{name}: the output head of this checkpoint is not quantized, and exllamav2 cuts no other"
     if spec.heads * spec.head_dim != spec.hidden:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +169,10 @@ def _place(spec: ModelSpec, hardware: Hardware, ask: Ask, settings: _Settings, c
 
 def _layers_cut(spec: ModelSpec, hardware: Hardware, ask: Ask, settings: _Settings, context: int) -> Candidate:
     """A part of every layer on each GPU: its engine's tensor parallel."""
-    reasons = tuple(refusals(spec, ask, settings.ranks, len(hardware.gpus)))
+    if reasons := tuple(refusals(spec, ask, settings.ranks, hardware.gpus)):
+        whole = _layers_whole(spec, hardware, ask, settings, context)  # the sizes that there are
+        return replace(whole, fits=False, reasons=(*reasons, *whole.reasons))
     cards = hardware.gpus[: settings.ranks]
-    if reasons:  # there are no parts to count
-        empty = tuple(DeviceBytes(f"cuda:{gpu.index}", 0, 0, 0, CONTEXT_BYTES, gpu.free) for gpu in cards)
-        host = DeviceBytes("cpu", 0, 0, 0, HOST_RUNTIME, hardware.host_available)
-        return Candidate.of(ask, context, empty, host, reasons, device_map={}, weights={})
     tokens = round_up(context) * ask.max_in_flight
     per_layer, layer = cache_bytes(spec, settings.cache_bits)
     cache = (spec.layers * math.ceil(per_layer * tokens), layer * tokens)

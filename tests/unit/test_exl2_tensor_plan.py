@@ -115,6 +115,20 @@ def test_what_is_refused(big: ModelSpec, change: dict[str, Any], ranks: int, met
     assert reason in " ".join(found.reasons)
 
 
+def test_cards_without_flash_attn(big: ModelSpec) -> None:
+    old = Hardware("auto", tuple(replace(gpu, capability=(7, 5)) for gpu in machine(24, 24).gpus), GIB, GIB, 8)
+    ask = Ask("exllamav2", "exl2", 4.0, "float16", False, 4096, 4096, 1, {"parallel.tensor": 2})
+    found = estimate(big, old, ask)
+    assert not found.fits
+    assert "needs compute capability 8.0, and GPU 0 has 7.5" in " ".join(found.reasons)
+
+
+def test_what_cannot_be_cut_is_shown_with_the_sizes_of_whole_layers(big: ModelSpec) -> None:
+    refused, whole = plan(big, 24, 24, ranks=3), plan(big, 24, 24, ranks=1)
+    assert not refused.fits
+    assert refused.gpus == whole.gpus
+
+
 def test_whole_layers_by_hand_and_cut_layers_exclude_each_other(big: ModelSpec) -> None:
     with pytest.raises(ConfigError, match="Leave out one of them") as caught:
         plan(big, 24, 24, parallel__gpu_split=[20, 20])

@@ -225,7 +225,7 @@ def test_what_no_engine_has_is_refused_with_what_they_have(specs: dict[Llama, Mo
         best(specs[SMALL], cpu(), *argv)
     message = str(caught.value)
     assert all(part.partition("=")[2] in message for part in argv)
-    assert "none at 16 or 32 bits" in message
+    assert "quant=none at 16 or 32 bits" in message
 
 
 def test_the_plan_as_json_has_the_documented_fields(specs: dict[Llama, ModelSpec]) -> None:

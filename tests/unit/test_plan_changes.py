@@ -124,9 +124,15 @@ def test_more_cards_are_as_few_as_will_do(specs: dict[Llama, ModelSpec]) -> None
     assert not make_plan(composed(*argv), specs[LLAMA_70B], cards(total - 1)).chosen.fits
 
 
+def test_a_smaller_width_comes_before_none(specs: dict[Llama, ModelSpec]) -> None:
+    asked = ["backend=exllamav2", "quant.bits=4", "parallel.tensor=3"]
+    labels = found(make_plan(composed(*asked), specs[LLAMA_7B], cards(2)))
+    assert labels[:2] == ["parallel.tensor=2", "parallel.tensor=null"]
+
+
 def test_cards_are_not_named_where_the_setting_beside_them_is_enough(specs: dict[Llama, ModelSpec]) -> None:
     labels = found(make_plan(composed("backend=vllm", "parallel.tensor=3"), specs[LLAMA_7B], cards(4)))
-    assert labels[0] == "parallel.tensor=null"
+    assert labels[:2] == ["parallel.tensor=2", "parallel.tensor=null"]
     assert not any("card" in label for label in labels)
 
 

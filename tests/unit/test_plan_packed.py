@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -380,3 +381,13 @@ def test_what_has_to_be_made_elsewhere_comes_last(tmp_path: Path) -> None:
     assert any(c.fits and c.needs for c in plan.candidates)
     chosen, _ = runnable(plan, composed(), cards(4))
     assert not chosen.needs
+
+
+def test_exl2_weights_whose_config_does_not_say_so(tmp_path: Path) -> None:
+    folder = write_exl2(tmp_path / "exl2", SHAPE)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"q_weight is of an EXL2 model.*no quantization_config") as caught:
+        model_spec(open_checkpoint(folder))
+    assert '{"quant_method": "exl2"' in str(caught.value)
