@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from orchestrator.backends.table import BACKENDS
 from orchestrator.config import Config
 from orchestrator.engine.interpreters import how_to_install
-from orchestrator.plan.disk import must_be_writable, not_writable
+from orchestrator.plan.disk import not_writable
 from orchestrator.plan.types import Candidate, Plan
 from orchestrator.report.console import console
 from orchestrator.report.plan import bars, candidates_table, changes_table, command, legend
 from orchestrator.report.tables import fitting
 from orchestrator.runfolder import RunFolder
-from orchestrator.tasks.session import Planned, fits, look, show_plan
+from orchestrator.tasks.session import Planned, fits, has_room, look, show_plan
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +27,7 @@ def plan(config: Config, folder: RunFolder) -> None:
     """Prints the plan, every candidate, and the command that runs the best on stdout; plan.json has all of it.
 
     Raises:
-        DoesNotFitError: nothing that was asked for fits.
+        DoesNotFitError: nothing that was asked for fits, or this machine's disk has no room for what is written.
         ConfigError: what has to be written cannot be, on this machine.
     """
     planned = look(config, planning=True, download=False, bare=True)
@@ -47,7 +47,7 @@ def plan(config: Config, folder: RunFolder) -> None:
         out.print(text, markup=False, soft_wrap=True)
     fits(planned)
     if not planned.elsewhere:
-        must_be_writable(planned.disk)
+        has_room(planned)
 
 
 def _fitting(out: Console, plan: Plan, table: Callable[..., Table]) -> Table | Text:

@@ -136,14 +136,14 @@ def answer(config: Config, run: RunFolder) -> None:
         pass
 
 
-@pytest.mark.parametrize("task", ["run", "convert"])
+@pytest.mark.parametrize("task", ["run", "convert", "plan"])
 def test_a_real_run_is_refused_before_anything_long(
     place: Place, monkeypatch: pytest.MonkeyPatch, full: None, task: str
 ) -> None:
     monkeypatch.setattr(session, "runnable", lambda plan, *_: (plan.chosen, "python"))
     (place.base / "tokenizer.json").write_text("{}")
     config = place.config(f"model.adapter={place.adapter}", "convert.dtype=float32", "hardware=cpu", task=task)
-    action = convert if task == "convert" else answer
+    action = {"run": answer, "convert": convert, "plan": plan}[task]
     with pytest.raises(DoesNotFitError) as caught:
         action(config, place.run)
     assert caught.value.exit_code == 3
