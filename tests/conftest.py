@@ -23,14 +23,14 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What processes of pytest-xdist would share out: files, whose fixtures are made once; all of vLLM's together.
+    """What the processes of pytest-xdist share out: files, whose fixtures are made once; all of vLLM's together.
 
-    vLLM's tests take longest and need an installation of their own: they come first.
+    vLLM's tests need the cores for themselves: they come last, when the other processes have nothing left to do.
     """
     for item in items:
         engine = "vllm_engines" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("vllm" if engine else str(item.path)))
-    items.sort(key=lambda item: "vllm_engines" not in getattr(item, "fixturenames", ()))
+    items.sort(key=lambda item: "vllm_engines" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -202,7 +202,7 @@ def test_a_plan_of_a_hub_id_reads_headers_and_downloads_nothing(hub: Hub, online
     hub.requests.clear()
     cached = online("task=plan", *asked)
     assert cached.code == 0, cached.err
-    assert f"{ID}@" in cached.err
+    assert f"{ID}@" in cached.out
     assert cached.json("plan.json")["candidates"] == local["candidates"]
     assert hub.requests == []
 
@@ -326,7 +326,7 @@ def test_a_folder_wins_and_a_resumed_run_knows_the_hub_id(hub: Hub, online: Onli
     local = checkpoints.write_model(tmp_path / ID)
     done = online("task=plan", f"model.path={ID}")
     assert done.code == 0, done.err
-    assert str(local) in done.err.replace("\n", "")
+    assert str(local) in done.out.replace("\n", "")
     assert hub.requests == []
     other = online("task=plan", "model.path=org/other")
     assert other.folder is not None

@@ -85,7 +85,7 @@ def test_an_adapter_on_an_exl2_folder(orchestrator: Orchestrator, tmp_path: Path
     plan = done.json("plan.json")
     assert (plan["backend"], plan["method"], plan["bits"]) == ("exllamav2", "exl2", 4.0)
     assert plan["adapter_bytes"]["cuda:0"] > 0
-    assert "1 adapter on top" in done.err
+    assert "1 adapter on top" in done.out
     here = orchestrator(*argv, "model.merge=false", "hardware=cpu")
     assert here.code == 4
     assert "the model is quantized already (exl2, 4 bits), and backend=exllamav2 needs a CUDA GPU" in here.error
