@@ -21,6 +21,7 @@ CONTEXT_BYTES = 780 * MIB
 # What load_autosplit keeps free on the first GPU and on the others, and while it fills one (its own defaults).
 RESERVE_FIRST, RESERVE_OTHERS, RESERVE_FILLING = 192 * MIB, 64 * MIB, 256 * MIB
 FLASH_ATTENTION = (2, 5, 7)  # the first version with a paged cache
+FLASH_CAPABILITY = (8, 0)  # the least compute capability that it runs on
 
 
 def round_up(tokens: int) -> int:
@@ -63,7 +64,7 @@ def _flash_attention() -> tuple[str, bool]:
     """(why no paged cache, whether flash-attn can be used at all)."""
     import torch
 
-    old = [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(i) < (8, 0)]
+    old = [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(i) < FLASH_CAPABILITY]
     if old:
         return f"flash-attn needs compute capability 8.0, and GPU {old[0]} is older", False
     try:

@@ -188,7 +188,8 @@ def _another_engine(config: Config, hardware: Hardware) -> Iterator[Try]:
         return
     free = dict.fromkeys(ENGINE_KEYS) | {"backend.name": "auto", "quant.method": "auto", "model.dtype": "auto"}
     for bits in dict.fromkeys((config.quant.bits, *_widths_below(config))):
-        yield _one_in_flight(config, {**free, "quant.bits": bits}), hardware
+        for ranks in dict.fromkeys((config.parallel.tensor, None)):
+            yield _one_in_flight(config, {**free, "quant.bits": bits, "parallel.tensor": ranks}), hardware
 
 
 def _to_host(config: Config, hardware: Hardware) -> Iterator[Try]:
@@ -226,7 +227,10 @@ def _more_cards(config: Config, hardware: Hardware) -> Iterator[Try]:
     last = hardware.gpus[-1]
     for count in range(len(hardware.gpus) + 1, MOST_CARDS + 1):
         more = (replace(last, index=last.index + i + 1) for i in range(count - len(hardware.gpus)))
-        yield own, replace(hardware, gpus=(*hardware.gpus, *more))
+        larger = replace(hardware, gpus=(*hardware.gpus, *more))
+        if config.parallel.tensor is not None:
+            yield changed(config, {"parallel.gpu_split": None, "parallel.tensor": count}), larger
+        yield own, larger
 
 
 def _everything(config: Config, hardware: Hardware) -> Iterator[Try]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from orchestrator.backends.exl2_setup import round_up
+from orchestrator.backends.exl2_setup import FLASH_CAPABILITY, round_up
 from orchestrator.backends.known_models import CUT_BY_EXLLAMAV2
 from orchestrator.checkpoint.spec import ModelSpec, SpecTensor
 from orchestrator.hardware import Gpu
@@ -30,7 +30,6 @@ from orchestrator.plan.types import Ask
 _HALF = 2  # bytes
 _MLP_UNIT, _OUTPUT_UNIT = 128, 32  # columns that are not cut
 _LEAST_MLP, _LEAST_OUTPUT, _LEAST_WORDS = 2, 8, 16  # units: a GPU that would get fewer gets none
-_FLASH_ATTENTION = (8, 0)  # compute capability; its cache is not paged without it, and no layers are cut then
 _PERMUTED = "down_proj"  # loaded without a permutation
 
 
@@ -58,7 +57,7 @@ def refusals(spec: ModelSpec, ask: Ask, ranks: int, gpus: Sequence[Gpu]) -> Iter
     name = f"parallel.tensor={ranks}"
     if ranks > len(gpus):
         yield f"{name} is for {ranks} GPUs, and there {'is' if len(gpus) == 1 else 'are'} {len(gpus)}"
-    if old := next((gpu for gpu in gpus[:ranks] if gpu.capability < _FLASH_ATTENTION), None):
+    if old := next((gpu for gpu in gpus[:ranks] if gpu.capability < FLASH_CAPABILITY), None):
         yield (
             f"{name}: exllamav2 cuts layers with flash-attn only, which needs compute capability 8.0, and GPU "
             f"{old.index} has {old.capability_text}"

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 BAR = 48  # cells, where there is room for them
 LEAST_BAR = 10
-PARTS = (  # of a bar: shade, colour, name
-    ("\u2588", "blue", "weights"),
-    ("\u2593", "green", "KV cache"),
-    ("\u2592", "yellow", "scratch"),
-    ("\u2591", "magenta", "runtime"),
-    ("\u00b7", "dim", "free"),
+PARTS = (  # of a bar: shade, its like in ASCII, colour, name
+    ("\u2588", "#", "blue", "weights"),
+    ("\u2593", "%", "green", "KV cache"),
+    ("\u2592", "+", "yellow", "scratch"),
+    ("\u2591", "-", "magenta", "runtime"),
+    ("\u00b7", ".", "dim", "free"),
 )
 CHOOSES = {  # an engine, or a width, is chosen already where one of these was typed
     "backend": ("backend", "backend.name"),
@@ -95,7 +95,7 @@ def _fits(candidate: Candidate) -> str:
     return "disk" if candidate.disk else "host"
 
 
-def bars(candidate: Candidate, width: int = 110) -> Iterator[Text]:
+def bars(candidate: Candidate, width: int = 110, *, ascii_only: bool = False) -> Iterator[Text]:
     """A bar for each GPU (or for the host where there is none), and what its shades mean."""
     from rich.text import Text
 
@@ -105,13 +105,13 @@ def bars(candidate: Candidate, width: int = 110) -> Iterator[Text]:
     bar = max(LEAST_BAR, min(BAR, width - 8 - max(map(len, numbers))))
     for device, number in zip(devices, numbers, strict=True):
         line = Text(f"{device.device:<8}")
-        for (shade, colour, _), cells in zip(PARTS, _cells(device, whole, bar), strict=True):
-            line.append(shade * cells, style=colour)
+        for (shade, plain, colour, _), cells in zip(PARTS, _cells(device, whole, bar), strict=True):
+            line.append((plain if ascii_only else shade) * cells, style=colour)
         line.append(number, style="red" if device.left < 0 else "")
         yield line
     shades = Text(" " * 8)
-    for i, (shade, colour, name) in enumerate(PARTS):
-        shades.append("  " * bool(i) + shade, style=colour)
+    for i, (shade, plain, colour, name) in enumerate(PARTS):
+        shades.append("  " * bool(i) + (plain if ascii_only else shade), style=colour)
         shades.append(f" {name}")
     yield shades
 

@@ -36,7 +36,7 @@ def plan(config: Config, folder: RunFolder) -> None:
     folder.write("plan.json", planned.to_json() | {"command": run})
     out = console(sys.stdout)
     show_plan(planned, chosen, out)
-    out.print("", *bars(chosen, out.width), "", sep="\n")
+    out.print("", *bars(chosen, out.width, ascii_only=out.options.ascii_only), "", sep="\n")
     out.print(_fitting(out, planned.plan, candidates_table))
     for text in (*legend(planned.plan), *_missing(planned), ""):
         out.print(text, markup=False, soft_wrap=True)

@@ -123,6 +123,18 @@ def test_cards_without_flash_attn(big: ModelSpec) -> None:
     assert "needs compute capability 8.0, and GPU 0 has 7.5" in " ".join(found.reasons)
 
 
+def test_without_flash_attn_there_is_one_answer_at_a_time(big: ModelSpec) -> None:
+    old = tuple(replace(gpu, capability=(7, 5)) for gpu in machine(40, 40).gpus)
+    found = estimate(
+        big, replace(machine(40, 40), gpus=old), Ask("exllamav2", "exl2", 4.0, "float16", False, 4096, 4096, 4, {})
+    )
+    assert found.fits
+    assert found.max_in_flight == 1
+    assert sum(gpu.kv_cache for gpu in found.gpus) == 80 * 4 * 8 * 128 * 4096
+    assert "one answer at a time" in found.notes[0]
+    assert plan(big, 40, 40, ranks=1).notes == ()
+
+
 def test_what_cannot_be_cut_is_shown_with_the_sizes_of_whole_layers(big: ModelSpec) -> None:
     refused, whole = plan(big, 24, 24, ranks=3), plan(big, 24, 24, ranks=1)
     assert not refused.fits

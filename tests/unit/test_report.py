@@ -153,6 +153,12 @@ def test_a_bar_for_each_gpu_is_as_long_as_what_it_holds(plan: Plan) -> None:
         assert row.endswith(f"{size(device.total)} of {size(device.capacity)}")
 
 
+def test_bars_where_there_is_ascii_only(plan: Plan) -> None:
+    shaded, plain = ([line.plain for line in bars(plan.chosen, ascii_only=only)] for only in (False, True))
+    assert all(line.isascii() for line in plain)
+    assert [line.count("#") for line in plain] == [line.count("\u2588") for line in shaded]
+
+
 def test_what_to_change_has_a_line_each(plan: Plan) -> None:
     less = replace(plan.chosen, backend="exllamav2", method="exl2", bits=4.65)
     changes = (
