@@ -335,9 +335,12 @@ class ExLlamaV2Engine:
                 end = min(start + SCORE_CHUNK, len(tokens) - 1)
                 part, adapters = given[:, start:end], self._adapters or None
                 logits = self._model.forward(part, cache=self._cache, loras=adapters)[0, :, : self._vocabulary]
-                targets = given[0, start + 1 : end + 1].to(logits.device)
+                targets = given[0, start + 1 : end + 1]
+                # Tensor parallel gathers them in host memory, where one thread would take longer than the model did.
+                device = "cuda:0" if self._plan.tensor_parallel > 1 else logits.device
                 for at in range(0, end - start, SCORE_ROWS):
-                    self._score_rows(logits[at : at + SCORE_ROWS], targets[at : at + SCORE_ROWS], top_k, score)
+                    rows = slice(at, at + SCORE_ROWS)
+                    self._score_rows(logits[rows].to(device), targets[rows].to(device), top_k, score)
         self._cache.current_seq_len = 0
         self._generator.reset_page_table()  # its pages have been written over
         return score

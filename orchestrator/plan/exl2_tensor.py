@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from orchestrator.backends.exl2_setup import FLASH_CAPABILITY, round_up
+from orchestrator.backends.exl2_setup import FLASH_CAPABILITY, SCORE_CHUNK, SCORE_ROWS, round_up
 from orchestrator.backends.known_models import CUT_BY_EXLLAMAV2
 from orchestrator.checkpoint.spec import ModelSpec, SpecTensor
 from orchestrator.hardware import Gpu
@@ -30,6 +30,7 @@ from orchestrator.plan.types import Ask
 _HALF = 2  # bytes
 _MLP_UNIT, _OUTPUT_UNIT = 128, 32  # columns that are not cut
 _LEAST_MLP, _LEAST_OUTPUT, _LEAST_WORDS = 2, 8, 16  # units: a GPU that would get fewer gets none
+_SOFTMAX = 5  # float32 copies of the logits that a score has at a time
 _PERMUTED = "down_proj"  # loaded without a permutation
 
 
@@ -166,13 +167,15 @@ def ranks_of(
     heads = heads_of(spec, ranks)
     for rank, weights in enumerate(weights_of_ranks(spec, bits, head_bits, ranks)):
         kv, layer = (math.ceil(size * heads[rank] / spec.kv_heads) for size in cache)
-        scratch = _scratch(spec, context, heads, rank)
-        found.append(Rank(weights, kv, scratch + layer, scratch + first if rank == 0 else 0))
+        held = _held(spec, context, heads, rank)
+        # Without a way from GPU to GPU, what the next one gets of it is laid together on the first before it goes.
+        loading = held + first + math.ceil(first / ranks) if rank == 0 else 0
+        found.append(Rank(weights, kv, held + layer + _step(spec, context, heads, rank), loading))
     return found
 
 
-def _scratch(spec: ModelSpec, context: int, heads: Sequence[int], rank: int) -> int:
-    """A device's buffers, the angles (held twice), and what a step allocates."""
+def _held(spec: ModelSpec, context: int, heads: Sequence[int], rank: int) -> int:
+    """A device's buffers, and the angles (held twice)."""
     tokens = input_tokens(context)
     keys = heads[rank] * spec.head_dim
     queries = keys * (spec.heads // spec.kv_heads)
@@ -181,10 +184,17 @@ def _scratch(spec: ModelSpec, context: int, heads: Sequence[int], rank: int) -> 
     mlp = max(dequantized(spec.hidden, rows), dequantized(spec.intermediate, outputs))
     mlp += _HALF * tokens * (2 * spec.hidden + spec.intermediate + 2 * rows + outputs)
     angles = 2 * 2 * _HALF * round_up(context) * spec.head_dim
-    step = _HALF * tokens * (2 * queries + 4 * keys)
-    return CUBLAS_WORKSPACE + max(attention, mlp, dequantized(spec.hidden, words)) + angles + step
+    return CUBLAS_WORKSPACE + max(attention, mlp, dequantized(spec.hidden, words)) + angles
+
+
+def _step(spec: ModelSpec, context: int, heads: Sequence[int], rank: int) -> int:
+    """The last norm and the head of a score, and on the first GPU its softmax; an answer takes less."""
+    rows = min(SCORE_CHUNK, input_tokens(context))
+    softmax = _SOFTMAX * 4 * min(SCORE_ROWS, rows) * pad32(spec.vocab) if rank == 0 else 0
+    return _HALF * rows * (2 * spec.hidden + _words(spec, heads)[rank]) + softmax
 
 
 def pinned_bytes(spec: ModelSpec, context: int) -> int:
     """Host memory through which the GPUs exchange what each has worked out."""
-    return 2 * _HALF * input_tokens(context) * max(spec.vocab, spec.intermediate)
+    each = _HALF * input_tokens(context) * max(spec.vocab, spec.intermediate)
+    return 2 * (1 << (each - 1).bit_length())  # torch takes powers of two
