@@ -52,6 +52,7 @@ _ADVICE = re.compile(r"\.? (?=Try |See https?:)")  # names of vLLM's own setting
 # Its profiling takes the memory that others on the GPU give back meanwhile for a mistake of its own.
 _NEIGHBOUR = re.compile(r"Error in memory profiling")
 _STARTS = 3  # at most: a neighbour may end again
+_ALONE = "Run it again once they have ended, or on another GPU (hardware.gpus)"
 _KILLED = "The kernel may have run out of memory (dmesg tells)"
 _LESS = "Ask for less: model.max_context, run.in_flight, or free memory on the device"
 _MEMORY = re.compile(
@@ -186,6 +187,8 @@ class VllmEngine:
         reason = self._reason(error)
         if _MEMORY.search(reason):
             return OutOfMemoryError(_ADVICE.split(reason)[0], _LESS)
+        if _NEIGHBOUR.search(reason):
+            return EngineError("other programs gave GPU memory back while vLLM measured what is free", _ALONE)
         return EngineError(reason, _KILLED if isinstance(error, ProcessEndedError) else "")
 
     def _reason(self, error: BaseException) -> str:

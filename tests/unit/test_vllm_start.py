@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.backends.vllm import started
+from orchestrator.backends.vllm import VllmEngine, started
 
 NEIGHBOUR = "AssertionError: Error in memory profiling. Initial free memory 138.77 GiB, current free memory 139.0 GiB."
 
@@ -42,3 +42,9 @@ def test_another_failure_is_told_at_once() -> None:
     with pytest.raises(RuntimeError, match="No available memory"):
         started(start, str)
     assert start.calls == 2
+
+
+def test_a_neighbour_that_never_ends_is_told_with_what_to_do() -> None:
+    told = VllmEngine()._failure(RuntimeError(NEIGHBOUR))
+    assert "gave GPU memory back while vLLM measured" in told.message
+    assert "hardware.gpus" in told.hint
