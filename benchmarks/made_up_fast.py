@@ -3,6 +3,7 @@
 `write_plain` is float16 safetensors. `write_exl2` is what exllamav2 0.3.2 loads as EXL2, as its converter packs it
 (conversion/adaptivegptq.py, `pack`): every linear of the layers in one width, the head in the converter's own mix,
 groups of 128 rows, permutations that change nothing, scales for which dequantized weights have a spread of about 0.02.
+`write_gptq` is GPTQ's first layout, as AutoGPTQ packs it: symmetric, groups of 128 in order, the head in float16.
 
 What is uncertain of it: a real conversion gives layers widths of their own (only their sum is known), and groups of 32
 rows to some of them, so that scales and group counts differ by a percent or so; true permutations are no identity,
@@ -37,7 +38,7 @@ Tensor = tuple[str, tuple[int, ...], Bytes]  # safetensors' dtype, shape, conten
 def write_plain(folder: Path, shape: Shape, context: int) -> Path:
     """A float16 checkpoint with a tokenizer of as many tokens; what is there already is left as it is."""
     half = _repeated(_random(np.float16))
-    tensors = {name: ("F16", size, half if len(size) > 1 else _ones) for name, size in shape.tensors()}
+    tensors = {name: ("F16", size, half if len(size) > 1 else _ONES) for name, size in shape.tensors()}
     return _write(folder, "model.safetensors", tensors, _config(shape, context), shape.vocab)
 
 
@@ -59,6 +60,35 @@ def write_exl2(folder: Path, shape: Shape, context: int, bits: int, *, hollow: b
     return _write(folder, "output.safetensors", _exl2_tensors(shape, bits), config, shape.vocab, hollow)
 
 
+def write_gptq(folder: Path, shape: Shape, context: int, bits: int) -> Path:
+    """The same model in GPTQ: `bits` (4 or 8) for the linears of the layers."""
+    signed = {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "desc_act": False, "sym": True}
+    config = _config(shape, context) | {"quantization_config": signed | {"checkpoint_format": "gptq"}}
+    return _write(folder, "model.safetensors", _gptq_tensors(shape, bits), config, shape.vocab)
+
+
+def _gptq_tensors(shape: Shape, bits: int) -> dict[str, Tensor]:
+    words, half = _repeated(_random(np.uint32)), _repeated(_random(np.float16))
+    zero = sum((2 ** (bits - 1) - 1) << at for at in range(0, 32, bits))  # a word of the codes of 0, less 1
+    scale = SPREAD * math.sqrt(12) / 2**bits  # of codes that are all as likely
+    tensors: dict[str, Tensor] = {}
+    for name, size in shape.tensors():
+        module = name.removesuffix("weight")
+        if ".layers." not in name or len(size) == 1:
+            tensors[name] = ("F16", size, half if len(size) > 1 else _ONES)
+            continue
+        out, into = size
+        groups = into // GROUP
+        order = np.arange(into, dtype=np.int32) // GROUP
+        tensors |= {
+            f"{module}qweight": ("I32", (into * bits // 32, out), words),
+            f"{module}qzeros": ("I32", (groups, out * bits // 32), _constant(np.uint32(zero))),
+            f"{module}scales": ("F16", (groups, out), _constant(np.float16(scale))),
+            f"{module}g_idx": ("I32", (into,), _of(order)),
+        }
+    return tensors
+
+
 def exl2_bytes(shape: Shape, bits: int) -> int:
     """Bytes of all tensors of such a model; nothing is written."""
     return sum(map(_bytes, _exl2_tensors(shape, bits).values()))
@@ -78,7 +108,7 @@ def _exl2_tensors(shape: Shape, bits: int) -> dict[str, Tensor]:
         tensors |= {f"{module}.{part}": tensor for part, tensor in _linear(size, parts, words).items()}
     for name, size in shape.tensors():
         if name.removesuffix(".weight") not in linears:
-            tensors[name] = ("F16", size, half if len(size) > 1 else _ones)
+            tensors[name] = ("F16", size, half if len(size) > 1 else _ONES)
     return tensors
 
 
@@ -141,8 +171,11 @@ def _repeated(block: Words) -> Bytes:
     return read
 
 
-def _ones(count: int) -> Iterator[bytes]:
-    yield np.ones(count // 2, dtype=np.float16).tobytes()
+def _constant(value: np.generic) -> Bytes:
+    return lambda count: iter([value.tobytes() * (count // value.nbytes)])
+
+
+_ONES = _constant(np.float16(1))
 
 
 def _of(values: Words) -> Bytes:

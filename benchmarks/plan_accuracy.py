@@ -5,7 +5,8 @@
     plan_accuracy.py report OUT
 
 `run` appends one line of JSON a case to OUT/cases.jsonl as soon as it is over, models stay in WORK. `--only` takes the
-cases whose name has one of these texts; `--minutes` starts no case after so many; `--resume` skips those that are done.
+cases whose name matches one of these patterns, `*` being anything; `--minutes` starts no case after so many; `--resume`
+skips those that are done. Runs may go side by side, each with an OUT of its own: memory is counted for each process.
 `--tiny` is a small model on this machine's CPU: it proves the way, and its numbers mean nothing. `report` prints the
 table and writes results/plan_accuracy.json.
 
@@ -24,13 +25,14 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import environment, save
 from made_up import ONE_B, Shape
-from made_up_fast import write_exl2, write_plain
+from made_up_fast import write_exl2, write_gptq, write_plain
 
 from orchestrator.backends.protocol import Failed, Finished, Request
 from orchestrator.config import (
@@ -60,6 +62,7 @@ SHAPES = {
 POSITIONS = 32_768  # that the made-up models have
 ANSWER = 4  # tokens: the rest of the context is prompt
 IN_FLIGHT = {128: 2, 2048: 4, 8192: 2, 32_768: 1}  # by context
+WRITES = {"exl2": write_exl2, "gptq": write_gptq}  # a quantized model, by method
 # Of the weights on the GPU, where the others are offloaded, which bitsandbytes does not quantize.
 STAYS = {"transformers": 0.5, "bitsandbytes": 0.75}
 RIGHT_BYTES, RIGHT_SHARE = 300 * MIB, 0.02
@@ -107,11 +110,14 @@ def cases(tiny: bool) -> Iterator[Case]:
     for shape in ("1b", "8b"):
         for context in (8192, 2048, 32_768):
             yield from (Case(*way, shape, context) for way in plain)
-            yield from (Case("exllamav2", "exl2", 4, shape, context, cache) for cache in (16, 8, 4))
-        yield from (Case("exllamav2", "exl2", bits, shape, 8192) for bits in (6, 8))
+            for bits in (4, 6, 8):
+                yield from (Case("exllamav2", "exl2", bits, shape, context, cache) for cache in (16, 8, 4))
+        yield Case("exllamav2", "gptq", 4, shape, 8192)
+        yield Case("exllamav2", "none", 16, shape, 8192)
         yield from (Case(*way, shape, 2048, offload=True) for way in plain[:2])
-        for context in (8192, 2048, 32_768):
-            yield Case("vllm", "none", 16, shape, context, cap_gib=40, eager=context != 8192)
+        yield Case("vllm", "none", 16, shape, 8192, cap_gib=40)
+        yield Case("vllm", "gptq", 4, shape, 8192, cap_gib=40, eager=True)
+        yield from (Case("vllm", "none", 16, shape, context, cap_gib=40, eager=True) for context in (32_768, 2048))
         yield Case("vllm", "none", 16, shape, 8192, 8, cap_gib=40, eager=True)
     yield Case("transformers", "none", 16, "8b", 2048, cards=2, cap_gib=16)
     yield Case("bitsandbytes", "nf4", 4, "8b", 2048, cards=2, cap_gib=8)
@@ -156,14 +162,16 @@ def measure(case: Case, work: Path, seconds: float) -> dict[str, Any]:
     """
     began = time.monotonic()
     shape = SHAPES[case.shape]
-    model = write_plain(work / "models" / case.shape, shape, POSITIONS)
-    config = configured(case, model, work)
+    model = plain = write_plain(work / "models" / case.shape, shape, POSITIONS)
+    if case.method in WRITES:
+        quantized = work / "models" / f"{case.shape}-{case.method}-{case.bits}"
+        model = WRITES[case.method](quantized, shape, POSITIONS, case.bits)
+    # EXL2 is planned before it is made; who has GPTQ plans from what is there.
+    config = configured(case, plain if case.method == "exl2" else model, work)
     planned = look(offloaded(config) if case.offload else config, planning=False)
     if not planned.plan.chosen.fits:
         return {"fits": False, "reasons": list(planned.plan.chosen.reasons)}
     chosen, python = runnable(planned.plan, planned.config, planned.hardware)
-    if case.method == "exl2":
-        model = write_exl2(work / "models" / f"{case.shape}-exl2-{case.bits}", shape, POSITIONS, case.bits)
     log = work / "logs" / f"{case.name}-{time.time():.0f}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
@@ -244,7 +252,7 @@ def run(arguments: argparse.Namespace) -> None:
     gpus = len(nvml_gpus()[0])
     began = time.monotonic()
     for case in cases(arguments.tiny):
-        if arguments.only and not any(text in case.name for text in arguments.only):
+        if arguments.only and not any(fnmatch(case.name, f"*{text}*") for text in arguments.only):
             continue
         if case.name in done or case.cards > gpus:
             print(f"{case.name}: {'done already' if case.name in done else 'too few GPUs'}", flush=True)
