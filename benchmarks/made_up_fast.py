@@ -60,11 +60,11 @@ def write_exl2(folder: Path, shape: Shape, context: int, bits: int, *, hollow: b
     return _write(folder, "output.safetensors", _exl2_tensors(shape, bits), config, shape.vocab, hollow)
 
 
-def write_gptq(folder: Path, shape: Shape, context: int, bits: int) -> Path:
-    """The same model in GPTQ: `bits` (4 or 8) for the linears of the layers."""
+def write_gptq(folder: Path, shape: Shape, context: int, bits: int, *, hollow: bool = False) -> Path:
+    """The same model in GPTQ: `bits` (4 or 8) for the linears of the layers. `hollow`: as of `write_exl2`."""
     signed = {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "desc_act": False, "sym": True}
     config = _config(shape, context) | {"quantization_config": signed | {"checkpoint_format": "gptq"}}
-    return _write(folder, "model.safetensors", _gptq_tensors(shape, bits), config, shape.vocab)
+    return _write(folder, "model.safetensors", _gptq_tensors(shape, bits), config, shape.vocab, hollow)
 
 
 def _gptq_tensors(shape: Shape, bits: int) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
     plan_accuracy.py run OUT WORK [--only TEXT ...] [--tiny] [--resume] [--minutes N] [--case-minutes N]
     plan_accuracy.py list [--tiny]
-    plan_accuracy.py report OUT
+    plan_accuracy.py report OUT ...
 
 `run` appends one line of JSON a case to OUT/cases.jsonl as soon as it is over, models stay in WORK. `--only` takes the
 cases whose name matches one of these patterns, `*` being anything; `--minutes` starts no case after so many; `--resume`
@@ -12,8 +12,10 @@ table and writes results/plan_accuracy.json.
 
 A case: the engine loads a made-up model as it was planned, then answers as many prompts at once as the plan has in
 flight, each a few tokens short of the context. Measured is the most that its processes held on each GPU at any time,
-loading included. A case is right where the plan is within 300 MiB of that, or within 2% of it. Beside it, what the
-method of `accelerate estimate-memory` says: parameters times bytes of a weight, compared with all GPUs together.
+loading included. A case is right where the plan is within 300 MiB of that, or within 2% of it. vLLM takes what it is
+given: of it the cache that was promised is compared with the one that it has, in the bytes of their tokens. Beside it,
+what the method of `accelerate estimate-memory` says: parameters times bytes of a weight, compared with all GPUs
+together.
 """
 
 from __future__ import annotations
@@ -205,7 +207,8 @@ def fill(engine: EngineProcess, case: Case, vocab: int, deadline: float) -> None
     """
     random = np.random.default_rng(1)
     for number in range(case.in_flight):
-        tokens = random.integers(10, min(vocab, 4000), case.context - ANSWER).tolist()
+        # Unequally long, as prompts are: what pads them to a batch has more to keep.
+        tokens = random.integers(10, min(vocab, 4000), case.context - ANSWER - number).tolist()
         engine.submit(Request(str(number), tokens, ANSWER))
     open_requests = case.in_flight
     while open_requests:
@@ -304,22 +307,32 @@ def is_right(predicted: float, measured: float) -> bool:
     return abs(predicted - measured) <= max(RIGHT_BYTES, RIGHT_SHARE * measured)
 
 
-def misses(record: dict[str, Any]) -> list[int]:
-    """Bytes that each device's plan was above what was measured; negative: below."""
-    return [d["predicted"] - d["measured"] for d in record["devices"]]
+def compared(record: dict[str, Any]) -> list[tuple[int, int]]:
+    """(planned, measured) of each device, bytes; of vLLM (the cache that it has, the one that was promised).
+
+    So that "too little" is a plan that promised too much, as it is everywhere else.
+    """
+    tokens = record["kv_tokens"]
+    if tokens is None:
+        return [(d["predicted"], d["measured"]) for d in record["devices"]]
+    cache = min(part["kv_cache"] for part in record["parts"].values())
+    return [(round(cache / tokens["promised"] * tokens["real"]), cache)]
 
 
 def weights_miss(record: dict[str, Any]) -> int | None:
-    """The same of the weights alone, for all devices together; None for an offload, which that method knows not of."""
-    if record["offloads"]:
+    """Bytes that the weights alone are above what all devices held; None where that method says nothing of them.
+
+    It knows of no offload, and vLLM fills what it is given.
+    """
+    if record["offloads"] or record["kv_tokens"]:
         return None
     return int(record["weights_only"]["total"] - sum(d["measured"] for d in record["devices"]))
 
 
 def row(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The numbers of some cases: how many are right on every device, and the worst misses. Bytes."""
-    right = [all(is_right(d["predicted"], d["measured"]) for d in r["devices"]) for r in records]
-    every = [miss for r in records for miss in misses(r)]
+    right = [all(is_right(*pair) for pair in compared(r)) for r in records]
+    every = [planned - measured for r in records for planned, measured in compared(r)]
     plain = [(r, miss) for r in records if (miss := weights_miss(r)) is not None]
     plain_right = [is_right(r["weights_only"]["total"], r["weights_only"]["total"] - miss) for r, miss in plain]
     return {
@@ -360,15 +373,16 @@ def _share(part: int, whole: int) -> str:
     return f"{part} of {whole} ({100 * part / whole:.0f}%)"
 
 
-def report(out: Path) -> None:
-    """Prints everything that was measured, and keeps it."""
-    found = read(out)
+def report(outs: Sequence[Path]) -> None:
+    """Prints everything that was measured, and keeps it. Of a case that several runs have, the last one's counts."""
+    found = {case: record for out in outs for case, record in read(out).items()}
     measured = [record for record in found.values() if "error" not in record and record["fits"]]
     lines, rows = table(measured)
     left_out = {name: r.get("error") or r["reasons"] for name, r in found.items() if r not in measured}
     print("\n".join((*map(said, found.values()), "", *lines)))
     kept = [{key: value for key, value in r.items() if key != "traceback"} for r in found.values()]
-    where = json.loads((out / "environment.json").read_text(encoding="utf-8"))
+    places = [json.loads((out / "environment.json").read_text(encoding="utf-8")) for out in outs]
+    where = places[-1] | {"versions": {k: v for place in places for k, v in place["versions"].items()}}
     print(save("plan_accuracy", {"rows": rows, "left_out": left_out, "cases": kept}, where))
 
 
@@ -385,7 +399,7 @@ def main() -> None:
     listing = commands.add_parser("list")
     for command in (running, listing):
         command.add_argument("--tiny", action="store_true")
-    commands.add_parser("report").add_argument("out")
+    commands.add_parser("report").add_argument("outs", nargs="+", type=Path)
     arguments = parser.parse_args()
     match arguments.command:
         case "run":
@@ -393,7 +407,7 @@ def main() -> None:
         case "list":
             print("\n".join(case.name for case in cases(arguments.tiny)))
         case "report":
-            report(Path(arguments.out))
+            report(arguments.outs)
 
 
 if __name__ == "__main__":

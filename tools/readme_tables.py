@@ -209,6 +209,11 @@ def depth() -> str:
         "Both generators are loaded and work in turns; rates are medians of the turns, and behind the ratio of the two "
         "medians stand the quartiles of the single turns, which a busy host scatters:\n\n"
         f"{table(['', 'ours', 'beside it', 'ratio', 'to reach'], depth_rows(result['summary']))}\n\n"
+        "A Llama-3-70B's shape in EXL2 at 4.0 bits (35 GB) on two GPUs, each capped to 24 GiB "
+        "(`hardware.memory_gib=24`): split automatically, by hand, with a part of every layer on each GPU, and with "
+        "the largest context that a 4-bit cache leaves. Of the decoding speed, the limit is what the copy's bandwidth "
+        "allows, were nothing but weights read. GiB as planned / as NVML saw the process hold:\n\n"
+        f"{table(BIG_HEAD, big_rows(result['summary']))}\n\n"
         f"`benchmarks/exl2_depth.py`: {environment(result)}"
     )
 
@@ -216,6 +221,9 @@ def depth() -> str:
 def spread(quartiles: list[float]) -> str:
     """The middle half of the ratios of single turns."""
     return f"{quartiles[0]:.2f} to {quartiles[2]:.2f}"
+
+
+BIG_HEAD = ["way", "context", "load", "decode, tokens/s", "prefill, tokens/s", "first GPU, GiB", "second GPU, GiB"]
 
 
 def depth_rows(found: dict[str, Any]) -> list[list[str]]:
@@ -235,19 +243,44 @@ def depth_rows(found: dict[str, Any]) -> list[list[str]]:
         read, copied = (speed[key] / 1e9 for key in ("read_bytes_per_s", "copy_bytes_per_s"))
         share = f"{speed['share_of_copy']:.2f}"
         rows.append([f"{name.upper()}, weights read", f"{read:,.0f} GB/s", f"{copied:,.0f}, a copy", share, ""])
-    for name, load in found["big"].items():
-        label = f"70B on 2 x 24 GiB, {name}, context {load['context']:,}"
-        if load["limit_tokens_per_s"]:
-            limit, share = f"{load['limit_tokens_per_s']:.0f}, the bandwidth's limit", f"{load['share_of_limit']:.2f}"
-            rows.append([f"{label}: decode", f"{load['decode_tokens_per_s']:.1f} tokens/s", limit, share, ""])
-        for device, gpu in load["gpus"].items():
-            planned, held = (gpu[key] / 2**30 for key in ("planned", "measured"))
-            ratio = f"{held / planned:.3f}"
-            rows.append([f"{label}: {device}", f"{held:.2f} GiB", f"{planned:.2f}, the plan", ratio, ""])
     if kill := found["kill"]:
-        label = "conversions that were killed and resumed: the same tensors"
-        rows.append([label, str(kill["equal"]), f"{kill['killed']}, killed", "", "all"])
+        label = "conversions that were killed and resumed: with the tensors of one that was not"
+        repeated = f"{int(kill['uninterrupted_equal'] or 0)} of 1 that was only repeated"
+        rows.append([label, f"{kill['equal']} of {kill['killed']}", repeated, "", ""])
     return rows
+
+
+def big_rows(found: dict[str, Any]) -> list[list[str]]:
+    """A line for each load of the 70B."""
+    rows: list[list[str]] = []
+    for name, load in found["big"].items():
+        held = [f"{gpu['planned'] / 2**30:.2f} / {gpu['measured'] / 2**30:.2f}" for gpu in load["gpus"].values()]
+        decode = f"{load['decode_tokens_per_s']:.1f}"
+        if load["limit_tokens_per_s"]:
+            decode += f" ({load['share_of_limit']:.2f} of {load['limit_tokens_per_s']:.0f})"
+        prefill = f"{load['prefill_tokens_per_s']:,.0f}"
+        rows.append([name, f"{load['context']:,}", f"{load['load_s']:.0f} s", decode, prefill, *held])
+    return rows
+
+
+def accuracy() -> str:
+    """The plan against what the engines' processes held."""
+    result = json.loads((RESULTS / "plan_accuracy.json").read_text())
+    rows = []
+    for way, found in result["rows"].items():
+        worst = [f"{found[key] / MIB:+,.0f} MiB" for key in ("too_little", "too_much")]
+        count, right = found["weights_only_cases"], found["weights_only_right"]
+        weights = [f"{right} of {count}", f"{found['weights_only_worst'] / MIB:+,.0f} MiB"] if count else ["", ""]
+        rows.append([way.removesuffix(" none"), str(found["cases"]), str(found["right"]), *worst, *weights])
+    head = ["engine", "cases", "right", "worst: planned too little", "too much", "weights alone: right", "worst"]
+    return (
+        "Made-up Llamas of 1B and 8B, contexts of 2,048 to 32,768 that are full in every answer in flight, KV caches "
+        "of 16, 8 and 4 bits, one GPU and two, whole and offloaded: the plan against the most that NVML saw the engine's "
+        "processes hold on each GPU. Right is within 300 MiB or 2%. vLLM takes what it is given: of it the cache that "
+        "was promised is compared with the one that it has. Beside it the parameters times the bytes of one, which is "
+        f"how `accelerate estimate-memory` counts. No case ran out of memory.\n\n{table(head, rows)}\n\n"
+        f"`benchmarks/plan_accuracy.py`: {environment(result)}"
+    )
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -256,6 +289,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "checkpoints": checkpoints,
     "measured": measured,
     "gpus": gpus,
+    "accuracy": accuracy,
 }
 
 if (RESULTS / "exl2_depth.json").exists():

@@ -28,7 +28,7 @@ from orchestrator.backends.exl2_setup import (
 from orchestrator.backends.exl2_tensors import bytes_per_tensor
 from orchestrator.backends.protocol import Event, Failed, LoadPlan, Request, Score, Stats
 from orchestrator.backends.row import Row, problem
-from orchestrator.backends.usage import gpu_peaks, host_peak, installed
+from orchestrator.backends.usage import gpu_peaks, host_peak, installed, one_segment
 from orchestrator.engine.placement import members
 from orchestrator.errors import CheckpointError, EngineError, OutOfMemoryError
 
@@ -87,6 +87,7 @@ class ExLlamaV2Engine:
         self._plan = plan
         self._devices = _planned_gpus(plan)
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(self._devices, os.environ)
+        one_segment()
         import torch
 
         self._torch = torch
@@ -102,7 +103,7 @@ class ExLlamaV2Engine:
                 f"parallel.tensor={plan.tensor_parallel} needs a paged cache, and there is none: {self._unpaged}",
                 "Leave out parallel.tensor: layers then stay whole, each on one GPU",
             )
-        limit_memory([plan.memory[device] for device in self._devices if device in plan.memory])
+        limit_memory([plan.memory[device] for device in self._devices])
         config = self._config()
         try:
             self._load_weights(config)
@@ -164,9 +165,12 @@ class ExLlamaV2Engine:
             reserve = [RESERVE_FIRST] + [RESERVE_OTHERS] * (len(self._devices) - 1)
             # What comes after it, beside the layers that it is for; the split itself does not know of adapters.
             reserve = [kept + plan.adapter_bytes.get(d, 0) for kept, d in zip(reserve, self._devices, strict=True)]
+            # The margin is for what was not planned, not for more layers. The last GPU has to take the rest.
+            limit_memory([plan.memory[d] - plan.margin.get(d, 0) for d in self._devices[:-1]])
             self._cache = make_cache(self._model, max_seq_len=tokens, lazy=True)
             # last_id_only: no logits of 2048 positions while it loads; score asks for few at a time.
             self._model.load_autosplit(self._cache, reserve_vram=reserve, last_id_only=True)
+            limit_memory([plan.memory[d] for d in self._devices])
 
     def _load_adapters(self) -> None:
         """Those of the plan, each linear's factors to where the linear is."""

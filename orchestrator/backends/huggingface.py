@@ -13,7 +13,7 @@ from orchestrator.backends.hf_tensors import bytes_per_tensor, keep_4bit_layout,
 from orchestrator.backends.offload_folder import OffloadFolder
 from orchestrator.backends.protocol import Event, Failed, LoadPlan, Request, Score, Stats
 from orchestrator.backends.row import Row, problem
-from orchestrator.backends.usage import gpu_peaks, host_peak, installed
+from orchestrator.backends.usage import gpu_peaks, host_peak, installed, one_segment
 from orchestrator.errors import CheckpointError, EngineError
 
 _QUANTIZATION: dict[str, dict[str, Any]] = {
@@ -64,6 +64,7 @@ class HuggingFaceEngine:
     def _load(self, plan: LoadPlan) -> None:
         # Before the imports: nothing is fetched, neither models nor kernels.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        one_segment()
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging as transformers_logging
@@ -89,6 +90,8 @@ class HuggingFaceEngine:
         self._model.eval()
         if plan.method in ("nf4", "fp4"):
             keep_4bit_layout(self._model)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what was held while weights were converted
         self._read_tokens()
 
     def _placed(self, plan: LoadPlan) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class LoadPlan:
     device_map: dict[str, str]  # module path ("" is the whole model) -> device
     weights: dict[str, int]  # device -> bytes of weights that the plan puts there
     memory: dict[str, int] = field(default_factory=dict)  # device -> bytes that this process may take there
+    margin: dict[str, int] = field(default_factory=dict)  # device -> of these, for what the plan does not foresee
     kv_cache: dict[str, int] = field(default_factory=dict)  # device -> bytes of KV cache that the plan puts there
     double_quant: bool = False
     cache_bits: int = 16

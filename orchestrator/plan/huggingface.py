@@ -2,7 +2,7 @@
 
 Weights are what the loaded modules hold, tensor by tensor (checked against real loads in tests/engines). The KV
 cache is transformers' DynamicCache, which grows with the tokens there are: the figure is for a full context of
-every sequence in flight. Scratch is a bound from the shapes of one prefill, not a measurement.
+every sequence in flight. Scratch is what one prefill holds, from its shapes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ HOST_RUNTIME = {"cpu": 600 * MIB, "cuda": 3000 * MIB}
 # Context and kernels of one process on one GPU, beside torch's allocator: 760 to 785 MiB on an H200 with CUDA 13.0,
 # 850 with the kernels of int8 (benchmarks/results/tests_gpu_huggingface.json). Other cards were not measured.
 CUDA_RUNTIME = {"int8": 860 * MIB, "": 780 * MIB}
+GAPS = 1.1  # of scratch: 7 to 16% were seen between what the allocator held and what tensors took, with its one segment
 # cuBLAS and cuBLASLt each get 32 MiB from torch's allocator on compute capability 9.0, less on older cards.
 CUBLAS_WORKSPACE = 64 * MIB
 QUANT_BLOCK = 64  # bitsandbytes' 4-bit blocks: one float32 absmax each
@@ -131,24 +132,49 @@ def _kinds(spec: ModelSpec) -> tuple[tuple[SpecTensor, int], ...]:
 
 
 def scratch_bytes(spec: ModelSpec, ask: Ask | Candidate, sequences: int, context: int) -> int:
-    """A bound on the activations of one prefill of so many sequences of `context` tokens.
+    """What one prefill of so many sequences of `context` tokens holds beside weights and cache.
 
-    Per token three hidden states, queries, keys and values and two rows of the MLP; the attention mask; float32
-    logits of the last position, twice; for 4 bit, the largest linear dequantized.
+    Of a token, in elements: in the MLP four hidden states and what `mlp_elements` counts; in attention two hidden
+    states, the queries, their answers, and keys and values as many as queries. Attention masks, of a byte for each
+    pair of positions, where prompts are unequally long or a window is smaller than they are; attention makes them
+    numbers, and pads those. int8 adds a linear's input in bytes and its output in int32; 4 bit a linear dequantized;
+    at the end there are float32 logits of each sequence's last position, twice. A tenth more for the allocator's gaps.
+
+    The figures are those of Llamas on an H200 (benchmarks/results/plan_accuracy.json): without masks, 119,300 bytes a
+    token of an 8B in 16 bits, where this says 119,296, and 181,000 in int8, where this says 180,736.
     """
     size = DTYPE_BYTES[ask.dtype]
     tokens = sequences * context
-    attention = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
-    activations = tokens * (3 * spec.hidden + attention + spec.mlp_elements) * size
-    mask = sequences * context * context * size
+    always = 2 * spec.head_dim  # cosines and sines
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    mask = _masks(spec, sequences, context) * sequences * context**2
+    mlp = mask + tokens * (4 * spec.hidden + spec.mlp_elements + always) * size
+    if ask.method in ("nf4", "fp4"):  # beside two of the MLP's three rows
+        mlp = max(mlp, mlp - tokens * spec.intermediate * size + _largest_linear(spec) * size)
+    attention = mask + tokens * (2 * spec.hidden + 4 * queries + 2 * keys + always) * size
+    if mask:
+        attention += sequences * context**2 * 2 * size
+    int8 = tokens * (4 * _widest_linear(spec) + spec.hidden) if ask.method == "int8" else 0
     logits = 2 * sequences * spec.vocab * 4
-    dequantized = _largest_linear(spec) * size if ask.method in ("nf4", "fp4") else 0
-    return activations + mask + logits + dequantized
+    return math.ceil(GAPS * (max(mlp, attention) + int8)) + logits
+
+
+def _masks(spec: ModelSpec, sequences: int, context: int) -> int:
+    """How many are kept: one for each kind of attention whose mask is more than that of causality."""
+    windows = {cache.window for cache in spec.layer_caches}
+    if sequences > 1:  # padded to the longest
+        return max(1, len(windows))
+    return sum(window is not None and window < context for window in windows)
 
 
 @functools.lru_cache(maxsize=8)
 def _largest_linear(spec: ModelSpec) -> int:
     return max((math.prod(t.shape) for t, _ in _kinds(spec) if t.role == "linear"), default=0)
+
+
+@functools.lru_cache(maxsize=8)
+def _widest_linear(spec: ModelSpec) -> int:
+    return max((t.shape[0] for t, _ in _kinds(spec) if t.role == "linear"), default=0)
 
 
 def at_use(spec: ModelSpec, plan: Candidate, held: Held) -> dict[str, int]:
@@ -263,7 +289,7 @@ def _offloaded(spec: ModelSpec, hardware: Hardware, ask: Ask, offload: Offload, 
     if offload.folder is not None:
         stores["disk"] = disk_room(offload.folder)
     room = {device: size - runtime - scratch for device, size in free.items()}
-    found = spread(_pieces(spec, ask, context), room, stores, _copy_bytes(spec, ask.dtype))
+    found = spread(_pieces(spec, ask, context, scratch, "disk" in stores), room, stores)
     if found is None:
         return None
     computing = tuple(
@@ -300,20 +326,36 @@ def _offloaded(spec: ModelSpec, hardware: Hardware, ask: Ask, offload: Offload, 
     )
 
 
-def _pieces(spec: ModelSpec, ask: Ask, context: int) -> list[Piece]:
+def _pieces(spec: ModelSpec, ask: Ask, context: int, scratch: int, from_disk: bool) -> list[Piece]:
     """The units as they are where they compute, where they are offloaded (never quantized), and in the files."""
     away, stored = units(spec, replace(ask, method="none")), units(spec, ask, stored=True)
+    *layers, head = _moved(spec, ask.dtype, from_disk)
+    # The head comes when the layers' scratch is free again, but for two hidden states of each token.
+    hidden = 2 * ask.max_in_flight * context * spec.hidden * DTYPE_BYTES[ask.dtype]
+    moved = (*layers, max(0, head + hidden - scratch))
     return [
-        Piece(unit.modules, unit.weights, other.weights, file.weights, unit.kv_per_token * context * ask.max_in_flight)
-        for unit, other, file in zip(units(spec, ask), away, stored, strict=True)
+        Piece(u.modules, u.weights, a.weights, s.weights, u.kv_per_token * context * ask.max_in_flight, m)
+        for u, a, s, m in zip(units(spec, ask), away, stored, moved, strict=True)
     ]
 
 
 @functools.lru_cache(maxsize=8)
-def _copy_bytes(spec: ModelSpec, dtype: str) -> int:
-    """A tensor on disk keeps the dtype of its file, and is converted where it computes: both are there for a moment."""
-    others = (t.nbytes for t, _ in _kinds(spec) if t.role != "embedding" and t.dtype != STORED[dtype])
-    return max(others, default=0)
+def _moved(spec: ModelSpec, dtype: str, from_disk: bool) -> tuple[int, ...]:
+    """Bytes of the largest module of each unit, in the dtype: what accelerate's hooks bring in at a time.
+
+    A tensor on disk keeps the dtype of its file, and is converted where it computes: both are there for a moment. All
+    experts of a layer are one module in transformers 5.
+    """
+    sizes: list[Counter[str]] = [Counter() for _ in range(spec.layers + 2)]
+    for tensor, count in _kinds(spec):
+        before, experts, _ = tensor.name.partition(".experts.")
+        module = before if experts else tensor.name.rsplit(".", 1)[0]
+        size = math.prod(tensor.shape) * DTYPE_BYTES[dtype]
+        if from_disk and tensor.dtype != STORED[dtype]:
+            size += tensor.nbytes
+        unit = tensor.layer + 1 if tensor.layer is not None else 0 if tensor.role == "embedding" else -1
+        sizes[unit][module] += size * (count if experts else 1)
+    return tuple(max(unit.values(), default=0) for unit in sizes)
 
 
 def _too_little(found: Spread, offload: Offload) -> tuple[str, ...]:

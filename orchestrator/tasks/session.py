@@ -327,6 +327,7 @@ def load_plan(planned: Planned, chosen: Candidate, model: Path, adapters: Sequen
         device_map=chosen.device_map,
         weights=chosen.weights,
         memory=chosen.limits,
+        margin={gpu.device: chosen.limits[gpu.device] - gpu.capacity for gpu in chosen.gpus},
         kv_cache={device.device: device.kv_cache for device in chosen.devices if device.kv_cache},
         cache_bits=chosen.cache_bits,
         double_quant=chosen.double_quant,

@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # last: some of 
 
 import plan_accuracy as accuracy
 from made_up import Shape
-from made_up_fast import write_exl2, write_plain, write_tokenizer
+from made_up_fast import GROUP, write_exl2, write_gptq, write_plain, write_tokenizer
 from plan_accuracy import POSITIONS, SHAPES, Case, cases, configured, is_right, offloaded, read, row, table
 from small_models import Llama
 
@@ -34,7 +34,7 @@ SMALL = Shape(256, 512, 2, 4, 2, 4100)
 
 
 def record(
-    *devices: tuple[float, float], weights: float, engine: str = "vllm", offloads: bool = False
+    *devices: tuple[float, float], weights: float, engine: str = "exllamav2", offloads: bool = False
 ) -> dict[str, Any]:
     """A result of devices that were (planned, measured), in GiB."""
     found = [
@@ -42,7 +42,14 @@ def record(
         for i, (planned, measured) in enumerate(devices)
     ]
     only = {"total": int(weights * GIB), "largest_layer": 1}
-    return {"engine": engine, "method": "none", "offloads": offloads, "devices": found, "weights_only": only}
+    said = {"engine": engine, "method": "none", "offloads": offloads, "kv_tokens": None}
+    return said | {"devices": found, "weights_only": only}
+
+
+def vllm_record(promised: int, real: int) -> dict[str, Any]:
+    """A result of a cache of 10 GiB that was promised for so many tokens, and has so many."""
+    tokens = {"kv_tokens": {"promised": promised, "real": real}, "parts": {"cuda:0": {"kv_cache": 10 * GIB}}}
+    return record((40, 38), weights=8, engine="vllm") | tokens
 
 
 @pytest.mark.parametrize(
@@ -78,6 +85,17 @@ def test_the_numbers_of_some_cases() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("real", "right", "little", "much"),
+    [(1000, 1, 0, 0), (950, 0, -0.5, 0), (1050, 0, 0, 0.5), (975, 1, -0.25, 0)],
+)
+def test_of_vllm_the_promised_cache_counts(real: int, right: int, little: float, much: float) -> None:
+    found = row([vllm_record(1000, real)])
+    assert (found["right"], found["weights_only_cases"]) == (right, 0)
+    assert found["too_little"] == pytest.approx(little * GIB, abs=1)
+    assert found["too_much"] == pytest.approx(much * GIB, abs=1)
+
+
 def test_the_table_has_a_row_for_each_way_and_one_for_all() -> None:
     records = [
         record((10, 10.25), weights=10),
@@ -85,8 +103,8 @@ def test_the_table_has_a_row_for_each_way_and_one_for_all() -> None:
         record((10, 10), weights=8, engine="transformers"),
     ]
     lines, rows = table(records)
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| vllm none", "| transformers none", "| all"]
-    assert lines[2] == "| vllm none | 1 | 1 of 1 (100%) | -256 MiB | +0 MiB | 1 of 1 (100%) | -256 MiB |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| exllamav2 none", "| transformers none", "| all"]
+    assert lines[2] == "| exllamav2 none | 1 | 1 of 1 (100%) | -256 MiB | +0 MiB | 1 of 1 (100%) | -256 MiB |"
     assert lines[3] == "| transformers none | 2 | 1 of 2 (50%) | 0 MiB | +1,024 MiB | 0 of 2 (0%) | -2,048 MiB |"
     assert (rows["all"]["cases"], rows["all"]["right"]) == (3, 2)
     assert table([]) == (lines[:2], {})
@@ -122,8 +140,10 @@ def test_every_case_is_planned_as_it_says_and_fits_on_two_h100(tmp_path: Path, m
         s = SHAPES[name]
         llama = Llama(s.hidden, s.layers, s.heads, s.kv_heads, s.intermediate, s.vocab, POSITIONS)
         write_tokenizer(small_models.write_headers(tmp_path / name, llama), s.vocab, POSITIONS)
+        write_gptq(tmp_path / f"{name}-gptq", s, POSITIONS, 4, hollow=True)
     for case in cases(tiny=False):
-        config = configured(case, tmp_path / case.shape, tmp_path)
+        folder = tmp_path / (f"{case.shape}-gptq" if case.method == "gptq" else case.shape)
+        config = configured(case, folder, tmp_path)
         chosen = look(offloaded(config) if case.offload else config, planning=False).plan.chosen
         assert chosen.fits, (case, chosen.reasons)
         planned = (chosen.backend, chosen.method, chosen.bits, chosen.max_context, chosen.max_in_flight)
@@ -132,6 +152,19 @@ def test_every_case_is_planned_as_it_says_and_fits_on_two_h100(tmp_path: Path, m
 
 
 # The models
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_gptq_model_is_read_as_one(bits: int, tmp_path: Path) -> None:
+    spec = model_spec(open_checkpoint(write_gptq(tmp_path / "model", SMALL, 4096, bits)))
+    plain = model_spec(open_checkpoint(write_plain(tmp_path / "plain", SMALL, 4096)))
+    assert spec.parameters == plain.parameters
+    assert spec.quantization is not None
+    assert (spec.quantization["quant_method"], spec.quantization["bits"]) == ("gptq", bits)
+    linears = sum(int(np.prod(t.shape)) for t in plain.tensors if t.role == "linear")
+    words = linears * bits // 8 + linears // GROUP * (bits / 8 + 2)
+    order = sum(t.shape[1] * 4 for t in plain.tensors if t.role == "linear")
+    assert spec.nbytes == plain.nbytes - 2 * linears + words + order
 
 
 def test_a_plain_model_is_whole(tmp_path: Path) -> None:
@@ -195,19 +228,23 @@ def test_the_report_is_kept(
     device = {"by": "process", "own": None}
     good = record((10, 10), weights=8)
     good["devices"] = [d | device for d in good["devices"]]
-    good |= {"case": "a", "fits": True, "kv_tokens": {"promised": 5, "real": 4}, "seconds": 3}
+    good |= {"case": "a", "fits": True, "seconds": 3}
     lines = [
         good,
         {"case": "b", "error": "lost", "traceback": "long"},
         {"case": "c", "fits": False, "reasons": ["too small"]},
     ]
-    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "environment.json").write_text('{"gpus": ["H200"]}')
-    accuracy.report(tmp_path)
+    for number, line in enumerate(lines):  # runs went side by side
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "cases.jsonl").write_text(json.dumps(line) + "\n")
+        (tmp_path / str(number) / "environment.json").write_text(
+            json.dumps({"gpus": ["H200"], "versions": {f"engine {number}": "1"}})
+        )
+    accuracy.report([tmp_path / str(number) for number in range(3)])
     out = capsys.readouterr().out
     assert "a: cuda:0 planned 10,240 MiB, measured 10,240 by process" in out
     assert "| all | 1 | 1 of 1 (100%)" in out
     assert saved["left_out"] == {"b": "lost", "c": ["too small"]}
     assert saved["rows"]["all"]["right"] == 1
-    assert saved["where"] == {"gpus": ["H200"]}
+    assert saved["where"] == {"gpus": ["H200"], "versions": {f"engine {number}": "1" for number in range(3)}}
     assert "traceback" not in json.dumps(saved["cases"])

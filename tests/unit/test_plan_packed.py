@@ -232,7 +232,7 @@ def test_one_that_does_not_fit_is_told_with_numbers(tmp_path: Path) -> None:
     plan = make_plan(composed(), spec, cards(1))
     with pytest.raises(DoesNotFitError, match=r"needs \d\d\.\d\d GiB and has .* 1 more such card \(2 in all\) \("):
         must_fit(plan, composed(), spec, cards(1))
-    fewer = make_plan(composed("run.in_flight=64", "model.max_context=4096"), spec, cards(4, 12))
+    fewer = make_plan(composed("run.in_flight=64", "model.max_context=4096"), spec, cards(4, 14))
     assert fewer.chosen.fits
 
 

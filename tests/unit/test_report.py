@@ -165,7 +165,7 @@ def test_what_to_change_has_a_line_each(plan: Plan) -> None:
         Change(("cache.bits=4",), "", "a little precision of the cache", less),
         Change((), "2 more such cards (4 in all)", "another card", plan.chosen),
     )
-    text = "\n".join(lines(changes_table(replace(plan, changes=changes))))
+    text = "\n".join(lines(changes_table(replace(plan, changes=changes)), 120))
     assert re.search(r"cache\.bits=4 +a little.* exllamav2 EXL2 4\.65 +\d", text)
     assert "2 more such cards" in text
 
