@@ -275,9 +275,9 @@ def accuracy() -> str:
     head = ["engine", "cases", "right", "worst: planned too little", "too much", "weights alone: right", "worst"]
     return (
         "Made-up Llamas of 1B and 8B, contexts of 2,048 to 32,768 that are full in every answer in flight, KV caches "
-        "of 16, 8 and 4 bits, one GPU and two, whole and offloaded: the plan against the most that NVML saw the engine's "
-        "processes hold on each GPU. Right is within 300 MiB or 2%. vLLM takes what it is given: of it the cache that "
-        "was promised is compared with the one that it has. Beside it the parameters times the bytes of one, which is "
+        "of 16, 8 and 4 bits, one GPU and two, whole and offloaded: the plan against the most that NVML saw the "
+        "engine's processes hold on each GPU. Right is within 300 MiB or 2%. vLLM takes what it is given: of it the "
+        "cache that was promised is compared with the one that it has. Beside it the parameters times the bytes of one, which is "
         f"how `accelerate estimate-memory` counts. No case ran out of memory.\n\n{table(head, rows)}\n\n"
         f"`benchmarks/plan_accuracy.py`: {environment(result)}"
     )

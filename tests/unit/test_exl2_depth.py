@@ -280,8 +280,12 @@ def test_the_numbers_of_the_report() -> None:
     }
     rows = readme_tables.depth_rows(found)
     speeds = ["0.980, 0.98 to 0.98", "0.985, 0.95 to 1.00"]
-    assert [row[3] for row in rows] == ["0.65", "0.52", *speeds, "0.40", "0.70", "0.991", "1.633", ""]
+    assert [row[3] for row in rows] == ["0.65", "0.52", *speeds, "0.40", ""]
+    assert rows[-1][1:3] == ["1 of 2", "1 of 1 that was only repeated"]
     assert {len(row) for row in rows} == {5}
+    (loaded,) = readme_tables.big_rows(found)
+    assert loaded[0] == "auto"
+    assert len(loaded) == len(readme_tables.BIG_HEAD)
 
 
 def test_what_was_not_measured_is_left_out() -> None:
@@ -289,7 +293,7 @@ def test_what_was_not_measured_is_left_out() -> None:
     assert depth.sweep_row({"separate-4": {"seconds": 1}}) is None
     auto = depth.big_row(PARTS["big-auto"], {})
     assert (auto["limit_tokens_per_s"], auto["share_of_limit"]) == (None, None)
-    assert readme_tables.depth_rows(depth.summary({})) == []
+    assert readme_tables.depth_rows(depth.summary({})) == readme_tables.big_rows(depth.summary({})) == []
 
 
 def test_the_report_is_kept_with_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -719,7 +719,10 @@ def test_what_the_engine_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     write_json(tmp_path / "config.json", {"eos_token_id": 2})
     adapters: dict[str, Any] = {"adapters": ("/a", "/b"), "adapter_bytes": {"cuda:1": 1000}, "tokenizer": str(own)}
     engine = ExLlamaV2Engine()
-    plan = LoadPlan(str(tmp_path), "exllamav2", "exl2", 4.0, "float16", 64, 2, {}, {})
+    limits: list[list[int]] = []
+    monkeypatch.setattr("orchestrator.backends.exllamav2.limit_memory", limits.append)
+    memory = {"memory": {"cuda:0": 8000, "cuda:1": 6000}, "margin": {"cuda:0": 300, "cuda:1": 200}}
+    plan = LoadPlan(str(tmp_path), "exllamav2", "exl2", 4.0, "float16", 64, 2, {}, {}, **memory)
     engine._plan = replace(plan, **adapters) if with_adapters else plan
     engine._devices = ["cuda:0", "cuda:1"]
     config = SimpleNamespace(model_dir=str(tmp_path), max_seq_len=256, max_input_len=256, vocab_size=64)
@@ -728,6 +731,7 @@ def test_what_the_engine_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     engine._start_generator(config)
     more = 1000 if with_adapters else 0
     assert seen["reserve"] == [RESERVE_FIRST, RESERVE_OTHERS + more]
+    assert limits == [[7700], [8000, 6000]]  # while it splits: the margin of all but the last stays free
     assert seen.get("loras") == (["/a", "/b"] if with_adapters else None)
     assert seen["tokenizer"] == str(own if with_adapters else tmp_path)
     assert engine._ends == ({2, 7} if with_adapters else {2})
