@@ -6,15 +6,15 @@
     exl2_depth.py kill   OUT WORK [--only PART ...]   a conversion that is killed at five moments, and resumed
     exl2_depth.py report OUT                          everything that is there into results/exl2_depth.json
 
-Parts of `sweep`: separate-4, separate-6, separate-8, one, two (at once on two GPUs, by Hydra's launcher), two-processes
-(the same without it). NAMEs of `speed`: 1b, 8b, tiny. Parts of `big`: bandwidth, plan, auto, split, tensor
-(each layer cut over both), largest, largest-split. Parts of `kill`: whole, again, 10, 30, 50, 70, 90 (percent of an
-uninterrupted run's time).
+Parts of `sweep`: separate-4, separate-6, separate-8, in-turn (one process, one width after the other, on one GPU), one,
+two (all widths at once on so many GPUs, by Hydra's joblib launcher, or in processes of their own without it). NAMEs of
+`speed`: 1b, 8b, tiny. Parts of `big`: bandwidth, plan, auto, split, tensor (each layer cut over both), largest,
+largest-split. Parts of `kill`: whole, again, 10, 30, 50, 70, 90 (percent of an uninterrupted run's time).
 
 Each part is one OUT/PART.json, written as soon as it is over; what is there is not done again, what failed is.
 `--minutes N` ends a command after so many minutes, with what it has. `--tiny` takes a model that is loaded in a
-moment: it proves the way, and its numbers mean nothing. CUDA_VISIBLE_DEVICES chooses the GPUs; `two`,
-`two-processes` and `big` need two of them, the others take the first.
+moment: it proves the way, and its numbers mean nothing. CUDA_VISIBLE_DEVICES chooses the GPUs; `two` and
+`big` need two of them, the others take the first.
 
 The 1B, the 8B and the 70B are made up: true shapes and files, random words, so that they show memory, placement and
 speed, and answer noise. Copy bandwidth is that of torch's copy of 4 GiB on one GPU, bytes read and bytes written.
@@ -71,8 +71,9 @@ LEAVE_HOST = 40 * GIB  # for processes, beside a model that lies in shared memor
 SHAPES = {**PLANNED, "70b": Shape(8192, 28672, 80, 64, 8, 128256)}  # Llama-3-70B
 SLICE = replace(ONE_B, layers=4)
 WIDTHS = (4, 6, 8)
-SWEEP = (*(f"separate-{bits}" for bits in WIDTHS), "one", "two", "two-processes")
-SWEEP_BOUNDS = {"one": 0.67, "two": 0.5, "two-processes": 0.5}  # our time over that of the separate runs
+OURS = ("in-turn", "one", "two")
+SWEEP = (*(f"separate-{bits}" for bits in WIDTHS), *OURS)
+SWEEP_BOUNDS = {"one": 0.67, "two": 0.5}  # our time over that of the separate runs
 
 SPEED_CONTEXT, SPEED_IN_FLIGHT, DECODED = 1024, 16, 256  # tokens, requests, tokens of an answer at batch 1
 RATES = ("ours", "bare", "ratio", "quartiles_of_turns")
@@ -196,7 +197,7 @@ def sweep(out: Path, work: Path, only: Sequence[str], tiny: bool) -> None:
         folder = work / "sweep" / part
         if part.startswith("separate"):
             do(out, f"sweep-{part}", partial(separate, model, folder, part.rpartition("-")[2]))
-        elif part != "one" and len(visible()) < 2:
+        elif part == "two" and len(visible()) < 2:
             keep(out, f"sweep-{part}", {"note": "there are no two GPUs"})
         else:
             do(out, f"sweep-{part}", partial(together, model, folder, part))
@@ -216,18 +217,17 @@ def separate(model: Path, folder: Path, bits: str) -> Result:
 
 
 def together(model: Path, folder: Path, part: str) -> Result:
-    """All widths by ours, with one measurement: one after the other on one GPU, or at once on two."""
+    """All widths by ours, with one measurement: the first that needs it makes it, and the others wait for it."""
     fresh(folder)
-    asked = ["task=convert", "backend=exllamav2", f"model.path={model}"]
-    if part == "one":
-        how, commands = "one process", [ours(folder, "-m", *asked, width(*WIDTHS), "hardware.gpus=[0]")]
-    elif part == "two" and importlib.util.find_spec("hydra_plugins"):
-        how, commands = "hydra/launcher=joblib", [ours(folder, "-m", "hydra/launcher=joblib", *asked, width(*WIDTHS))]
-    else:  # the second waits for the first one's measurement
-        how = "two processes"
-        first = ours(folder, "-m", *asked, width(WIDTHS[0], WIDTHS[2]), "hardware.gpus=[0]")
-        second = ours(folder, *asked, width(WIDTHS[1]), "hardware.gpus=[1]")
-        commands = [first, second]
+    gpus = "hardware.gpus=[0,1]" if part == "two" else "hardware.gpus=[0]"
+    asked = ["task=convert", "backend=exllamav2", f"model.path={model}", gpus]
+    every = ours(folder, "-m", *asked, width(*WIDTHS))
+    if part == "in-turn":
+        how, commands = "one process", [every]
+    elif importlib.util.find_spec("hydra_plugins"):
+        how, commands = "hydra/launcher=joblib", [[*every, "hydra/launcher=joblib"]]
+    else:
+        how, commands = "a process each", [ours(folder, *asked, width(bits)) for bits in WIDTHS]
     seconds = finished(commands, folder / "log")
     made = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("artifacts/*/manifest.json")}
     if sum(name.startswith("exl2-") for name in made) != len(WIDTHS):
@@ -575,9 +575,9 @@ def sweep_row(parts: dict[str, Result]) -> Result | None:
     if not set(names) <= set(parts):
         return None
     whole = sum(parts[name]["seconds"] for name in names)
-    ratio = {name: round(parts[name]["seconds"] / whole, 3) for name in SWEEP_BOUNDS if name in parts}
+    ratio = {name: round(parts[name]["seconds"] / whole, 3) for name in OURS if name in parts}
     seconds = {name: parts[name]["seconds"] for name in ratio}
-    within = {name: value <= SWEEP_BOUNDS[name] for name, value in ratio.items()}
+    within = {name: ratio[name] <= bound for name, bound in SWEEP_BOUNDS.items() if name in ratio}
     return {"separate_s": round(whole, 1), "ours_s": seconds, "ratio": ratio, "bounds": SWEEP_BOUNDS, "within": within}
 
 

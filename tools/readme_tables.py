@@ -230,10 +230,10 @@ def depth_rows(found: dict[str, Any]) -> list[list[str]]:
     """The lines of that table."""
     rows: list[list[str]] = []
     if sweep := found["sweep"]:
-        names = {"one": "on one GPU", "two": "on two GPUs", "two-processes": "on two GPUs, two processes"}
+        names = {"in-turn": "in turn on one GPU", "one": "at once on one GPU", "two": "at once on two GPUs"}
         for name, ratio in sweep["ratio"].items():
             seconds = [f"{sweep['ours_s'][name]:.0f} s", f"{sweep['separate_s']:.0f} s, three runs of the converter"]
-            bound = f"at most {sweep['bounds'][name]}"
+            bound = f"at most {sweep['bounds'][name]}" if name in sweep["bounds"] else ""
             rows.append([f"4, 6 and 8 bits of 4 layers of a 1B, {names[name]}", *seconds, f"{ratio:.2f}", bound])
     for name, speed in found["speed"].items():
         for count, ratio in speed["ratio"].items():
@@ -277,8 +277,8 @@ def accuracy() -> str:
         "Made-up Llamas of 1B and 8B, contexts of 2,048 to 32,768 that are full in every answer in flight, KV caches "
         "of 16, 8 and 4 bits, one GPU and two, whole and offloaded: the plan against the most that NVML saw the "
         "engine's processes hold on each GPU. Right is within 300 MiB or 2%. vLLM takes what it is given: of it the "
-        "cache that was promised is compared with the one that it has. Beside it the parameters times the bytes of one, which is "
-        f"how `accelerate estimate-memory` counts. No case ran out of memory.\n\n{table(head, rows)}\n\n"
+        "cache that was promised is compared with the one that it has. Beside it the parameters times the bytes of "
+        f"one, which is how `accelerate estimate-memory` counts. No case ran out of memory.\n\n{table(head, rows)}\n\n"
         f"`benchmarks/plan_accuracy.py`: {environment(result)}"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,8 +54,11 @@ def leased_gpu(config: HardwareConfig, need: int, run: RunFolder) -> Iterator[st
         if not gpus:
             raise EngineUnavailableError("the conversion to EXL2 needs a CUDA GPU, and there is none here")
         with_room = [gpu for gpu in gpus if gpu.free >= need]
-        gpu = with_room[0] if with_room else max(gpus, key=lambda gpu: gpu.free)
-        if not with_room and leases()[0]:
+        running = leases()[0]
+        others = Counter(key for one in running for key in one.gpus)
+        # A sweep spreads: a conversion computes more than it holds, so that a GPU of its own is worth more than room.
+        gpu = min(with_room, key=lambda g: others[g.key]) if with_room else max(gpus, key=lambda g: g.free)
+        if not with_room and running:
             largest = max(usable(idle=True), key=lambda gpu: gpu.free)
             if gpu.free < 0.98 * min(need, largest.free):  # a little more or less is not another run's
                 return Wanted({largest: min(need, largest.free)}, room=False)

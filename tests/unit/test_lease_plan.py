@@ -191,6 +191,17 @@ def test_a_conversion_takes_the_first_gpu_with_room(others: Others, run: RunFold
     assert others.waits == 0
 
 
+@pytest.mark.usefixtures("others")
+def test_conversions_spread_and_then_share(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    cards(
+        monkeypatch,
+        *(replace(card, total=gib * GIB, free=gib * GIB) for card, gib in zip(CARDS, (80, 40), strict=True)),
+    )
+    with ExitStack() as stack:
+        places = [stack.enter_context(leased_gpu(HardwareConfig(), 8 * GIB, run)) for _ in range(4)]
+    assert places == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+
+
 def test_a_conversion_waits_for_room(others: Others, run: RunFolder) -> None:
     others.take(CARDS[1], 16 * GIB)
     others.take(CARDS[0], 20 * GIB)
