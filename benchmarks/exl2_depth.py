@@ -9,7 +9,8 @@
 Parts of `sweep`: separate-4, separate-6, separate-8, in-turn (one process, one width after the other, on one GPU), one,
 two (all widths at once on so many GPUs, by Hydra's joblib launcher, or in processes of their own without it). NAMEs of
 `speed`: 1b, 8b, tiny. Parts of `big`: bandwidth, plan, auto, split, tensor (each layer cut over both), largest,
-largest-split. Parts of `kill`: whole, again, 10, 30, 50, 70, 90 (percent of an uninterrupted run's time).
+largest-split. Parts of `kill`: whole, again, 10, 30, 50, 70, 90 (percent of an uninterrupted run's time), quality (the
+KL to float32 of every result that is there).
 
 Each part is one OUT/PART.json, written as soon as it is over; what is there is not done again, what failed is.
 `--minutes N` ends a command after so many minutes, with what it has. `--tiny` takes a model that is loaded in a
@@ -47,7 +48,8 @@ from made_up import ONE_B, Shape
 from made_up_fast import exl2_bytes, write_config, write_exl2, write_plain
 from plan_accuracy import SHAPES as PLANNED
 from plan_accuracy import is_right
-from thin_gpu import live, side_by_side
+from thin_gpu import compare as compared_scores
+from thin_gpu import held_out, live, reference, side_by_side
 
 from orchestrator.backends.protocol import Failed, Finished, Request
 from orchestrator.config import (
@@ -86,7 +88,7 @@ BIG_CONTEXT, BIG_ANSWER = 4096, 128  # tokens
 SPLITS = [[quarter / 4, 22.0] for quarter in range(64, 89)]  # GiB, of which the plan tells the best
 
 MOMENTS = (10, 30, 50, 70, 90)  # percent of an uninterrupted run's time
-KILL = ("whole", "again", *map(str, MOMENTS))
+KILL = ("whole", "again", *map(str, MOMENTS), "quality")
 
 Result = dict[str, Any]
 
@@ -473,7 +475,7 @@ def on_two(work: Path, model: Path, part: str) -> Result:
 def kill(out: Path, work: Path, only: Sequence[str]) -> None:
     """The embedded model at 4 bits. Every part has a store of its own; `whole` is what the others are compared with."""
     for part in only or KILL:
-        do(out, f"kill-{part}", partial(converted, out, work, part))
+        do(out, f"kill-{part}", partial(quality, work) if part == "quality" else partial(converted, out, work, part))
 
 
 def converted(out: Path, work: Path, part: str) -> Result:
@@ -494,6 +496,19 @@ def converted(out: Path, work: Path, part: str) -> Result:
         found = killed_after(command, min(uninterrupted) * int(part) / 100, folder)
     found["seconds"] = finished([command], folder / "log")
     return found if part == "whole" else found | {"compared": compare(whole, result)}
+
+
+def quality(work: Path) -> Result:
+    """Each result's KL to float32 and its top-1 agreement, on held-out text: files that differ may be as good."""
+    windows = held_out()
+    wanted = reference(work, windows)
+    found: Result = {}
+    for part in KILL:
+        if (folder := work / "kill" / part / "result").is_dir():
+            with live(work, f"kill-{part}", configured(work, folder, max(map(len, windows)))) as session:
+                scores = [session.engine.score(tokens, session.planned.spec.vocab) for tokens in windows]
+                found[part] = compared_scores(scores, wanted)
+    return found
 
 
 def killed_after(command: Sequence[str], seconds: float, folder: Path) -> Result:
@@ -620,7 +635,7 @@ def big_row(part: Result, copied: dict[str, float]) -> Result:
 
 def kill_row(parts: dict[str, Result]) -> Result:
     """How many of the killed conversions ended with the uninterrupted one's tensors; `again`: with no kill at all."""
-    killed = {name: part for name, part in parts.items() if name not in ("whole", "again")}
+    killed = {name: part for name, part in parts.items() if name not in ("whole", "again", "quality")}
     again = parts.get("again")
     return {
         "killed": len(killed),
@@ -631,6 +646,7 @@ def kill_row(parts: dict[str, Result]) -> Result:
             if not part["compared"]["files_equal"]
         },
         "uninterrupted_equal": again["compared"]["files_equal"] if again else None,
+        "kl": {name: part["kl_mean"] for name, part in parts.get("quality", {}).items()},
     }
 
 

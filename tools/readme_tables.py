@@ -247,6 +247,12 @@ def depth_rows(found: dict[str, Any]) -> list[list[str]]:
         label = "conversions that were killed and resumed: with the tensors of one that was not"
         repeated = f"{int(kill['uninterrupted_equal'] or 0)} of 1 that was only repeated"
         rows.append([label, f"{kill['equal']} of {kill['killed']}", repeated, "", ""])
+        kl = {name: f"{value:.3g}" for name, value in kill["kl"].items()}
+        if resumed := [value for name, value in kl.items() if name not in ("whole", "again")]:
+            others = [kl[name] for name in ("whole", "again") if name in kl]
+            rows.append(
+                ["their KL to float32", ", ".join(resumed), f"{', '.join(others)} of those that were not", "", ""]
+            )
     return rows
 
 

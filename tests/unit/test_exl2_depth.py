@@ -250,6 +250,12 @@ PARTS: dict[str, dict[str, Any]] = {
     },
     "kill-whole": {"seconds": 70},
     "kill-again": {"seconds": 60, "compared": {"files_equal": True}},
+    "kill-quality": {
+        "whole": {"kl_mean": 0.2},
+        "again": {"kl_mean": 0.21},
+        "10": {"kl_mean": 0.2},
+        "30": {"kl_mean": 0.2051},
+    },
     "kill-10": {"compared": {"files_equal": True}},
     "kill-30": {"compared": {"files_equal": False, "different": {"a": {}, "b": {}}, "tensors": 229}},
 }
@@ -277,11 +283,13 @@ def test_the_numbers_of_the_report() -> None:
         "equal": 1,
         "differ": {"30": "2 of 229 tensors"},
         "uninterrupted_equal": True,
+        "kl": {"whole": 0.2, "again": 0.21, "10": 0.2, "30": 0.2051},
     }
     rows = readme_tables.depth_rows(found)
     speeds = ["0.980, 0.98 to 0.98", "0.985, 0.95 to 1.00"]
-    assert [row[3] for row in rows] == ["0.80", "0.65", "0.52", *speeds, "0.40", ""]
-    assert rows[-1][1:3] == ["1 of 2", "1 of 1 that was only repeated"]
+    assert [row[3] for row in rows] == ["0.80", "0.65", "0.52", *speeds, "0.40", "", ""]
+    assert rows[-2][1:3] == ["1 of 2", "1 of 1 that was only repeated"]
+    assert rows[-1][1:3] == ["0.2, 0.205", "0.2, 0.21 of those that were not"]
     assert {len(row) for row in rows} == {5}
     (loaded,) = readme_tables.big_rows(found)
     assert loaded[0] == "auto"
