@@ -23,6 +23,7 @@ from orchestrator.plan.types import Candidate, Change
 
 CACHE_BITS = (8, 6, 4)
 WIDTHS = tuple(quarters / 4 for quarters in range(32, 8, -1))  # 8 to 2.25 bits
+LEAST_BITS = 4.0  # down to which every plan looks by itself, where no engine and no width was asked for
 MOST_CARDS = 16
 LEAST_CONTEXT = 512
 
@@ -65,16 +66,19 @@ class _Kind:
         costs: what is given up, for the person.
         tries: what to try, the cheapest first.
         counts: whether a candidate is such a change (given what was asked for).
+        longest: the context is the longest that fits, up to the one that was asked for.
     """
 
     costs: str
     tries: Tries
     counts: Callable[[Candidate, Config], bool] = lambda found, asked: not found.offloads
+    longest: bool = False
 
 
 def _first(kind: _Kind, config: Config, spec: ModelSpec, hardware: Hardware) -> Change | None:
     for other, machine in kind.tries(config, hardware):
-        found = _best(other, machine, spec, lambda c: kind.counts(c, config))
+        goal = config.model.max_context if kind.longest else None
+        found = _best(other, machine, spec, lambda c: kind.counts(c, config), goal)
         if found is not None and found.fits and found.max_context >= _least_context(config, spec):
             settings = tuple(_typed(config, other, found))
             cards = len(machine.gpus) - len(hardware.gpus)
@@ -88,9 +92,12 @@ def _least_context(config: Config, spec: ModelSpec) -> int:
     return min(LEAST_CONTEXT, config.model.max_context or LEAST_CONTEXT, spec.max_context)
 
 
-def _best(config: Config, hardware: Hardware, spec: ModelSpec, counts: Callable[[Candidate], bool]) -> Candidate | None:
-    goal = goal_of(config, spec)
-    candidates = (estimate(config, spec, hardware, ask) for ask in asks_of(config, spec, hardware))
+def _best(
+    config: Config, hardware: Hardware, spec: ModelSpec, counts: Callable[[Candidate], bool], longest: int | None
+) -> Candidate | None:
+    goal = longest or goal_of(config, spec)
+    asks = (replace(ask, goal=longest) if longest else ask for ask in asks_of(config, spec, hardware))
+    candidates = (estimate(config, spec, hardware, ask) for ask in asks)
     return min((c for c in candidates if counts(c) and not c.needs), key=lambda c: rank(c, goal), default=None)
 
 
@@ -118,6 +125,8 @@ def _typed(config: Config, other: Config, found: Candidate) -> Iterator[str]:
         yield f"model.dtype={other.model.dtype}"
     if other.model.max_context != config.model.max_context:
         yield f"model.max_context={found.max_context}"
+    if other.hardware.reserve_gib != config.hardware.reserve_gib:
+        yield f"hardware.reserve_gib={other.hardware.reserve_gib:g}"
     if other.hardware.margin_gib != config.hardware.margin_gib:
         yield f"hardware.margin_gib={other.hardware.margin_gib:g}"
     if other.run.in_flight != config.run.in_flight:
@@ -143,14 +152,26 @@ def _typed(config: Config, other: Config, found: Candidate) -> Iterator[str]:
 
 
 def _fewer_in_flight(config: Config, hardware: Hardware) -> Iterator[Try]:
-    if (config.run.in_flight or 1) > 1:
-        yield changed(config, {"run.in_flight": 1}), hardware
+    fewer = (config.run.in_flight or 1) // 2
+    while fewer:
+        yield changed(config, {"run.in_flight": fewer}), hardware
+        fewer //= 2
 
 
-def _narrower(config: Config, hardware: Hardware) -> Iterator[Try]:
-    """Over fewer GPUs than was asked for."""
-    for ranks in range(min((config.parallel.tensor or 1) - 1, len(hardware.gpus)), 1, -1):
-        yield changed(config, {"parallel.tensor": ranks}), hardware
+def _another_degree(config: Config, hardware: Hardware) -> Iterator[Try]:
+    """Over more GPUs than was asked for, or fewer."""
+    asked = config.parallel.tensor
+    if asked is not None:
+        more, fewer = range(asked + 1, len(hardware.gpus) + 1), range(min(asked - 1, len(hardware.gpus)), 1, -1)
+        for ranks in (*more, *fewer):
+            yield changed(config, {"parallel.tensor": ranks}), hardware
+
+
+def _stages(config: Config, hardware: Hardware) -> Iterator[Try]:
+    """One group of layers on each GPU, where a layer cannot be cut."""
+    if config.parallel.pipeline is None and config.parallel.tensor is None:
+        for stages in range(2, len(hardware.gpus) + 1):
+            yield changed(config, {"parallel.pipeline": stages}), hardware
 
 
 def _own_split(config: Config, hardware: Hardware) -> Iterator[Try]:
@@ -165,21 +186,34 @@ def _no_margin(config: Config, hardware: Hardware) -> Iterator[Try]:
         yield changed(config, {"hardware.margin_gib": 0.0}), hardware
 
 
+def _no_reserve(config: Config, hardware: Hardware) -> Iterator[Try]:
+    kept = round(config.hardware.reserve_gib * GIB)
+    if kept and hardware.gpus:
+        gpus = tuple(replace(gpu, free=gpu.free + kept) for gpu in hardware.gpus)
+        yield changed(config, {"hardware.reserve_gib": 0.0}), replace(hardware, gpus=gpus)
+
+
 def _smaller_cache(config: Config, hardware: Hardware) -> Iterator[Try]:
-    for bits in CACHE_BITS:
-        if bits < (config.cache.bits or 16):
-            yield _one_in_flight(config, {"cache.bits": bits}), hardware
+    smaller = [{"cache.bits": bits} for bits in CACHE_BITS if bits < (config.cache.bits or 16)]
+    yield from ((other, hardware) for other in _and_one_in_flight(config, smaller))
 
 
 def _shorter_context(config: Config, hardware: Hardware) -> Iterator[Try]:
     if config.model.max_context is not None:
-        yield _one_in_flight(config, {"model.max_context": None}), hardware
+        yield from ((other, hardware) for other in _and_one_in_flight(config, [{"model.max_context": None}]))
+
+
+def _another_method(config: Config, hardware: Hardware) -> Iterator[Try]:
+    """The width that was asked for, by whatever has it."""
+    if config.quant.method != "auto" and config.quant.bits is not None:
+        free = [{"quant.method": "auto", "quant.group_size": None}]
+        yield from ((other, hardware) for other in _and_one_in_flight(config, free))
 
 
 def _fewer_bits(config: Config, hardware: Hardware) -> Iterator[Try]:
-    for bits in _widths_below(config):
-        method = {"quant.method": "auto", "model.dtype": "auto"} if _fixed(config) else {}
-        yield _one_in_flight(config, {"quant.bits": bits, **method}), hardware
+    method = {"quant.method": "auto", "model.dtype": "auto"} if _fixed(config) else {}
+    widths = [{"quant.bits": bits, **method} for bits in _widths_below(config)]
+    yield from ((other, hardware) for other in _and_one_in_flight(config, widths))
 
 
 def _another_engine(config: Config, hardware: Hardware) -> Iterator[Try]:
@@ -242,6 +276,13 @@ def _everything(config: Config, hardware: Hardware) -> Iterator[Try]:
     yield _one_in_flight(config, {**free, "quant.bits": WIDTHS[-1], "cache.bits": CACHE_BITS[-1]}), hardware
 
 
+def _and_one_in_flight(config: Config, changes: list[dict[str, Any]]) -> Iterator[Config]:
+    """Each with the sequences in flight that were asked for; then each with one."""
+    yield from (changed(config, change) for change in changes)
+    if (config.run.in_flight or 1) > 1:
+        yield from (_one_in_flight(config, change) for change in changes)
+
+
 def _one_in_flight(config: Config, more: dict[str, Any]) -> Config:
     fewer = {"run.in_flight": 1} if (config.run.in_flight or 1) > 1 else {}
     return changed(config, {**fewer, **more})
@@ -254,17 +295,25 @@ def _fixed(config: Config) -> bool:
 
 
 def _widths_below(config: Config) -> Iterator[float]:
-    asked = config.quant.bits or (16 if config.model.dtype != "auto" or config.quant.method == "none" else 32)
+    if config.quant.bits is not None:
+        asked = config.quant.bits
+    elif config.model.dtype != "auto" or config.quant.method == "none":
+        asked = 16.0
+    else:
+        asked = 32.0 if config.backend.name != "auto" else LEAST_BITS
     return (bits for bits in (16.0, *WIDTHS) if bits < asked)
 
 
 KINDS = (
     _Kind("answers one after the other", _fewer_in_flight),
-    _Kind("some of the width", _narrower),
+    _Kind("the room that was kept for others", _no_reserve),
+    _Kind("the degree that was typed", _another_degree),
     _Kind("the split that was typed", _own_split),
+    _Kind("speed: a stage computes at a time", _stages),
     _Kind("the room for what a plan does not foresee", _no_margin),
     _Kind("a little precision of the cache", _smaller_cache),
-    _Kind("the length of a conversation", _shorter_context),
+    _Kind("the length of a conversation", _shorter_context, longest=True),
+    _Kind("the method that was asked for", _another_method),
     _Kind("precision", _fewer_bits),
     _Kind("the engine that was asked for", _another_engine, lambda found, asked: found.backend != asked.backend.name),
     _Kind("speed", _to_host, lambda found, asked: found.offloads),

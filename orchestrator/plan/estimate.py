@@ -13,7 +13,7 @@ from orchestrator.config import Config, changed, folder
 from orchestrator.engine.interpreters import interpreter
 from orchestrator.hardware import GIB, Hardware
 from orchestrator.plan import offload
-from orchestrator.plan.ranking import IN_FLIGHT, goal_of, is_short
+from orchestrator.plan.ranking import IN_FLIGHT, is_short
 from orchestrator.plan.types import Ask, Candidate
 
 
@@ -28,7 +28,7 @@ def estimate(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> C
     room = lessened(hardware, kept)
     module, function = backend.memory.split(":")
     estimate = getattr(importlib.import_module(module), function)
-    goal = goal_of(config, spec)
+    goal = ask.max_context or min(ask.goal, spec.max_context)
     settings = {key: value for key, value in ask.settings.items() if key not in offload.KEYS}
     asks = [replace(ask, settings=settings)] + ([ask] if settings != ask.settings else [])
     found: list[Candidate] = []

@@ -220,13 +220,11 @@ def _layers_whole(spec: ModelSpec, hardware: Hardware, ask: Ask, settings: _Sett
     fixed = fixed_scratch(spec, context, quantized) + adapter_scratch(spec, context, quantized) + per_gpu * tokens
     reasons: list[str] = []
     if settings.split:
-        shares = [_Share(gpu, 0) for gpu in hardware.gpus[: len(settings.split)]]
-        reasons += _by_hand(shares, parts, settings.split, split_constants(spec, context), kv, fixed)
+        given = [(gpu, size) for gpu, size in zip(hardware.gpus, settings.split, strict=False) if size]
+        shares, split = [_Share(gpu, 0) for gpu, _ in given], tuple(size for _, size in given)
+        reasons += _by_hand(shares, parts, split, split_constants(spec, context), kv, fixed)
     else:
-        reserves = [RESERVE_FIRST, *[RESERVE_OTHERS] * len(hardware.gpus)]
-        shares = [_Share(gpu, r) for gpu, r in zip(hardware.gpus, reserves, strict=False)]
-        _automatic(shares, parts, kv, fixed)
-        shares = shares[: max((i + 1 for i, s in enumerate(shares) if s.used), default=1)]
+        shares, split = _automatic(hardware.gpus, parts, kv, fixed), ()
     gpus = tuple(
         DeviceBytes(f"cuda:{s.gpu.index}", s.weights + s.adapters, s.cache, s.scratch, CONTEXT_BYTES, s.gpu.free)
         for s in shares
@@ -244,14 +242,26 @@ def _layers_whole(spec: ModelSpec, hardware: Hardware, ask: Ask, settings: _Sett
         tuple(reasons),
         device_map={"": group, "model.embed_tokens": "cpu"},
         weights={"cpu": embedding, group: sum(gpu.weights for gpu in gpus)},
-        gpu_split=settings.split,
+        gpu_split=split,
         cache_bits=settings.cache_bits,
         adapter_bytes=adapters,
         notes=(_ONE_AT_A_TIME,) * _one_at_a_time(hardware),
     )
 
 
-def _automatic(shares: list[_Share], parts: Sequence[Piece], kv: int, fixed: int) -> None:
+def _automatic(gpus: Sequence[Gpu], parts: Sequence[Piece], kv: int, fixed: int) -> list[_Share]:
+    """The GPUs that get something. One that has no room for a layer is left to others: there it would only cost."""
+    reserves = [RESERVE_FIRST, *[RESERVE_OTHERS] * len(gpus)]
+    shares = [_Share(gpu, r) for gpu, r in zip(gpus, reserves, strict=False)]
+    _fill(shares, parts, kv, fixed)
+    shares = shares[: max((i + 1 for i, s in enumerate(shares) if s.used), default=1)]
+    if len(shares) == 1 or all(share.used for share in shares):
+        return shares
+    idle = [share.gpu for share in shares if not share.used]
+    return _automatic([gpu for gpu in gpus if gpu not in idle], parts, kv, fixed)
+
+
+def _fill(shares: list[_Share], parts: Sequence[Piece], kv: int, fixed: int) -> None:
     """Fills the GPUs in order, as load_autosplit does; what is over stays on the last one, which then does not fit."""
     at = 0
     for part in parts:

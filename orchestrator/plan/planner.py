@@ -86,9 +86,11 @@ def must_fit(plan: Plan, config: Config, spec: ModelSpec, hardware: Hardware) ->
         ways = "; or ".join(fast[:SAID]) + ("; or, slower, " if fast and slow else "") + "; or, slower, ".join(slow)
         raise DoesNotFitError(problem, f"What would fit: {ways}.")
     least = smallest(config, spec, hardware)
-    need, have = (sum(sizes) / GIB for sizes in zip(*((d.total, d.capacity) for d in least.devices), strict=True))
+    over = min(least.devices, key=lambda device: device.left)
     raise DoesNotFitError(
-        problem, f"Nothing that this version has would fit: {least.label} needs {need:.2f} GiB of {have:.2f} GiB."
+        problem,
+        f"Nothing that this version has would fit: {least.label} still needs {over.total / GIB:.2f} GiB on "
+        f"{over.device}, which has {over.capacity / GIB:.2f} GiB.",
     )
 
 
@@ -107,14 +109,19 @@ def runnable(plan: Plan, config: Config, hardware: Hardware) -> tuple[Candidate,
         fitting = [c for c in fitting if c.installed] or fitting
     chosen = fitting[0]
     if chosen.needs:
-        raise ConfigError(
-            f"{chosen.label} needs {chosen.needs}, and this version makes none",
-            "Make one with GPTQModel (pip install gptqmodel) and give its folder as model.path, or ask for another "
-            "method (quant.method, quant.bits, backend).",
-        )
+        raise not_made(chosen)
     if hardware.device not in BACKENDS[chosen.backend].devices:
         raise EngineUnavailableError(f"backend={chosen.backend} needs a CUDA GPU, and there is none here")
     return chosen, require(BACKENDS[chosen.backend], config, hardware.device)
+
+
+def not_made(chosen: Candidate) -> ConfigError:
+    """A candidate that runs only from a checkpoint that nothing here makes."""
+    return ConfigError(
+        f"{chosen.label} needs {chosen.needs}, and this version makes none",
+        "Make one with GPTQModel (pip install gptqmodel) and give its folder as model.path, or ask for another "
+        "method (quant.method, quant.bits, backend).",
+    )
 
 
 def _check_context(config: Config, spec: ModelSpec) -> None:

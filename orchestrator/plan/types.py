@@ -81,7 +81,7 @@ class Candidate:
         disk: what is offloaded to `offload_folder`; None: nothing.
         most_tokens_per_s: a bound on the speed of one answer, where weights are offloaded; None: none are.
         notes: what is to be known of an offload before it runs.
-        largest_context: tokens that one sequence alone can have, up to what the model was made for; 0: not known.
+        largest_context: tokens that one sequence alone can have, up to what the model was made for; None: nobody asked.
         margin_source: what the margins come from: "never measured on this card", "measured in 5 runs on this card".
         needs: a checkpoint that it runs from and that nothing here makes; "": none.
         adapter_bytes: GPU -> bytes there of adapters that are not merged, which are a part of its weights.
@@ -109,7 +109,7 @@ class Candidate:
     offload_folder: str = ""
     most_tokens_per_s: float | None = None
     notes: tuple[str, ...] = ()
-    largest_context: int = 0
+    largest_context: int | None = None
     margin_source: str = ""
     needs: str = ""
     adapter_bytes: dict[str, int] = field(default_factory=dict)

@@ -7,8 +7,8 @@ the cache that the sequences in flight need. Scratch is a bound on one step, not
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from orchestrator.backends.table import BACKENDS, METHODS
 from orchestrator.backends.vllm_rules import (
@@ -20,7 +20,7 @@ from orchestrator.backends.vllm_rules import (
     layer_split,
 )
 from orchestrator.checkpoint.spec import ModelSpec, SpecTensor
-from orchestrator.hardware import BF16, Hardware
+from orchestrator.hardware import BF16, Gpu, Hardware
 from orchestrator.plan.types import Ask, Candidate, DeviceBytes
 from orchestrator.plan.vllm_shards import Packings, group_of, kv_heads, misfits, packings, padded, shard_bytes
 
@@ -67,6 +67,9 @@ def estimate(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
     widths = (Width(tp, pipeline) for tp in range(every, 1, -1))
     fine = (width for width in widths if not _misfits(spec, hardware, ask, packed, width))
     placed = [_place(spec, hardware, ask, packed, width) for width in fine]
+    if not placed and not first.fits:  # why the other GPUs are no help
+        why = (*first.reasons, *_misfits(spec, hardware, ask, packed, Width(every, pipeline)))
+        return replace(first, reasons=tuple(dict.fromkeys(why)))
     fitting = [found for found in (first, *placed) if found.fits]
     return max(fitting, key=lambda found: found.max_context, default=placed[0] if placed else first)
 
@@ -189,7 +192,7 @@ def _on_host(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, wi
 
 def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, width: Width, wanted: int) -> Candidate:
     """A rank on each of the first GPUs: the first stage's tensor-parallel ranks, then the next one's."""
-    cards = hardware.gpus[: width.world]
+    cards = _roomiest(hardware.gpus, width.world)
     stages = _stage_weights(spec, width, DTYPE_BYTES[ask.dtype], packed)
     tokens = max(batched_tokens(min(card.free for card in cards)), ask.max_in_flight)
     together = KERNELS_TOGETHER if width.world > 1 else 0
@@ -208,6 +211,12 @@ def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, wi
     host_bytes = HOST_CORE + width.world * CUDA_HOST_RANK
     host = DeviceBytes("cpu", 0, 0, 0, host_bytes, hardware.host_available)
     return _candidate(spec, ask, width, context, gpus, host, {gpu.device: gpu.weights for gpu in gpus}, ())
+
+
+def _roomiest(gpus: Sequence[Gpu], count: int) -> tuple[Gpu, ...]:
+    """Those with the most room, in the machine's order: ranks take the same of each, so that the smallest decides."""
+    chosen = sorted(gpus, key=lambda gpu: gpu.free, reverse=True)[:count]
+    return tuple(gpu for gpu in gpus if gpu in chosen)
 
 
 def _graphs(spec: ModelSpec, ask: Ask) -> int:

@@ -10,6 +10,7 @@ from orchestrator.backends.table import BACKENDS
 from orchestrator.config import Config
 from orchestrator.engine.interpreters import how_to_install
 from orchestrator.plan.disk import not_writable
+from orchestrator.plan.planner import not_made
 from orchestrator.plan.types import Candidate, Plan
 from orchestrator.report.console import console
 from orchestrator.report.plan import bars, candidates_table, changes_table, command, legend
@@ -28,7 +29,8 @@ def plan(config: Config, folder: RunFolder) -> None:
 
     Raises:
         DoesNotFitError: nothing that was asked for fits, or this machine's disk has no room for what is written.
-        ConfigError: what has to be written cannot be, on this machine.
+        ConfigError: what has to be written cannot be, on this machine; all that was asked for would run from a
+            checkpoint only that nothing here makes.
     """
     planned = look(config, planning=True, download=False, bare=True)
     chosen = planned.plan.chosen
@@ -46,6 +48,8 @@ def plan(config: Config, folder: RunFolder) -> None:
     for text in (*(f"{line}{here}" for line in not_writable(planned.disk)), *_to_run(planned, config)):
         out.print(text, markup=False, soft_wrap=True)
     fits(planned)
+    if chosen.needs and config.quant.method != chosen.method:  # who names the method wants to see it beside the others
+        raise not_made(chosen)
     if not planned.elsewhere:
         has_room(planned)
 

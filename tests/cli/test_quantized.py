@@ -44,6 +44,16 @@ def test_gptq_in_the_plan_of_a_model_that_is_not_quantized(
     assert needs == {f"a GPTQ checkpoint of it ({bits} bits, groups of 128)" for bits in (4, 8)}
 
 
+@pytest.mark.parametrize(("argv", "code"), [(["quant.bits=4"], 2), (["quant.bits=4", "quant.method=gptq"], 0)])
+def test_what_nothing_here_makes_is_shown_only_to_who_names_it(
+    orchestrator: Orchestrator, long_winded: Path, argv: list[str], code: int
+) -> None:
+    done = orchestrator("task=plan", f"model.path={long_winded}", "hardware=1x24gb", "backend=vllm", *argv)
+    assert done.code == code, done.err
+    assert ("needs a GPTQ checkpoint of it" in done.error) is (code == 2)
+    assert done.json("plan.json")["command"] is None
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "said"),
     [

@@ -142,7 +142,18 @@ def test_a_split_by_hand(big: ModelSpec) -> None:
 
 def test_a_tiny_share_first_as_on_the_gpu_machine(small: ModelSpec) -> None:
     plan = estimate(small, machine(24, 24), ask(4.0, 2048, parallel__gpu_split=[0, 24]))
-    assert [gpu.weights > 0 for gpu in plan.gpus] == [False, True]
+    assert plan.fits
+    assert ([gpu.device for gpu in plan.gpus], plan.gpu_split) == (["cuda:1"], (24,))
+
+
+@pytest.mark.parametrize("gib", [(24, 1, 24), (1, 24, 24), (24, 24, 1)])
+def test_a_card_without_room_for_a_layer_is_left_out(big: ModelSpec, gib: tuple[float, ...]) -> None:
+    plan = estimate(big, machine(*gib), ask(4.0, 2048))
+    assert plan.fits, plan.reasons
+    assert [gpu.device for gpu in plan.gpus] == [f"cuda:{i}" for i, size in enumerate(gib) if size > 1]
+    assert sum(gpu.weights for gpu in plan.gpus) == sum(
+        gpu.weights for gpu in estimate(big, machine(24, 24), ask(4.0, 2048)).gpus
+    )
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,45 @@ def test_a_width_that_was_asked_for_is_kept_where_it_can_be(specs: dict[Llama, M
 
 def test_cards_are_not_named_where_the_setting_beside_them_is_enough(specs: dict[Llama, ModelSpec]) -> None:
     labels = found(make_plan(composed("backend=vllm", "parallel.tensor=3"), specs[LLAMA_7B], cards(4)))
-    assert labels[:2] == ["parallel.tensor=2", "parallel.tensor=null"]
+    assert labels[:2] == ["parallel.tensor=4", "parallel.tensor=null"]
     assert not any("card" in label for label in labels)
+
+
+def test_a_shorter_context_is_the_longest_that_fits(specs: dict[Llama, ModelSpec]) -> None:
+    spec, argv = with_context(specs[LLAMA_70B], 131072), ["backend=exllamav2", "quant.bits=8"]
+    plan = make_plan(composed(*argv, "model.max_context=131072"), spec, cards(4))
+    [change] = [c for c in plan.changes if c.label.startswith("model.max_context")]
+    assert change.candidate.max_context == plan.chosen.largest_context > 32768
+    assert change.candidate.largest_context is None  # nobody asked
+
+
+def test_in_flight_are_no_fewer_than_has_to_be(specs: dict[Llama, ModelSpec]) -> None:
+    argv = ["backend=exllamav2", "quant.bits=4", "model.max_context=4096"]
+    plan = make_plan(composed(*argv, "run.in_flight=32"), specs[LLAMA_70B], cards(2))
+    labels = found(plan)
+    [fewer] = [int(label.partition("=")[2]) for label in labels if re.fullmatch(r"run.in_flight=\d+", label)]
+    assert fewer > 1
+    assert make_plan(composed(*argv, f"run.in_flight={fewer}"), specs[LLAMA_70B], cards(2)).chosen.fits
+    assert not make_plan(composed(*argv, f"run.in_flight={2 * fewer}"), specs[LLAMA_70B], cards(2)).chosen.fits
+    alone = [label for label in labels if not label.startswith("run.in_flight")]
+    assert alone, labels  # others keep them all
+
+
+def test_what_is_kept_for_others_can_be_had(specs: dict[Llama, ModelSpec]) -> None:
+    less = tuple(replace(gpu, free=gpu.free - 22 * GIB) for gpu in cards(2).gpus)
+    argv = ["quant.bits=4", "hardware.reserve_gib=22"]
+    plan = make_plan(composed(*argv), specs[LLAMA_70B], replace(cards(2), gpus=less))
+    assert found(plan)[0] == "hardware.reserve_gib=0"
+    assert make_plan(composed("quant.bits=4"), specs[LLAMA_70B], cards(2)).chosen.fits
+
+
+def test_another_method_of_the_same_width(specs: dict[Llama, ModelSpec]) -> None:
+    argv = ["quant.method=int8", "quant.bits=8"]
+    plan = make_plan(composed(*argv, "model.max_context=4096"), specs[LLAMA_70B], cards(4, 19.5))
+    assert not plan.chosen.fits
+    [change] = [c for c in plan.changes if c.costs == "the method that was asked for"]
+    assert set(change.settings) == {"quant.method=auto", "quant.bits=8"}
+    assert (change.candidate.method, change.candidate.bits) == ("exl2", 8)
 
 
 def test_what_fits_has_no_changes(specs: dict[Llama, ModelSpec]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,27 @@ def cards(count: int, gib: float = 24) -> Hardware:
 
 def vllm(spec: ModelSpec, hardware: Hardware, *argv: str) -> Candidate:
     return make_plan(composed("backend=vllm", *argv), spec, hardware).chosen
+
+
+# The cards
+
+
+@pytest.mark.parametrize(
+    ("gib", "argv", "used"),
+    [
+        ((8, 24), (), ["cuda:1"]),
+        ((24, 8), (), ["cuda:0"]),
+        ((8, 24, 24, 8), ("parallel.tensor=2",), ["cuda:1", "cuda:2"]),
+        ((24, 24), (), ["cuda:0"]),
+    ],
+)
+def test_the_roomiest_cards_are_taken(
+    specs: dict[Llama, ModelSpec], gib: tuple[float, ...], argv: tuple[str, ...], used: list[str]
+) -> None:
+    gpus = tuple(replace(cards(1, size).gpus[0], index=i) for i, size in enumerate(gib))
+    chosen = vllm(specs[LLAMA_7B], replace(cards(1), gpus=gpus), "quant.bits=16", *argv)
+    assert chosen.fits, chosen.reasons
+    assert [gpu.device for gpu in chosen.gpus] == used
 
 
 # Weights
