@@ -50,7 +50,9 @@ def test_what_nothing_here_makes_is_shown_only_to_who_names_it(
 ) -> None:
     done = orchestrator("task=plan", f"model.path={long_winded}", "hardware=1x24gb", "backend=vllm", *argv)
     assert done.code == code, done.err
-    assert ("needs a GPTQ checkpoint of it" in done.error) is (code == 2)
+    assert ("needs a GPTQ checkpoint of it (4 bits, groups of 128), and this version makes none" in done.err) is bool(
+        code
+    )
     assert done.json("plan.json")["command"] is None
 
 
