@@ -36,6 +36,8 @@ from orchestrator.checkpoint.tensors import PLAIN_FLOATS, TensorInfo
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
 
+_WEIGHTS = {"linear", "expert", "embedding", "head"}
+
 
 @dataclass(frozen=True, eq=False)
 class ModelSpec:
@@ -122,8 +124,12 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
     notes = list(checkpoint.notes)
     tied = is_tied(checkpoint.config)
     layers = _layers(checkpoint, row, config, notes)
+    left_out: list[str] = []
+    tensors = tuple(spec_tensors(checkpoint, row, layers, tied, quantization is not None, left_out))
+    if quantization is None:
+        _check_dtypes(tensors, where)  # before the shapes: those of packed weights contradict each other
     sizes = _sizes(checkpoint, row, config, (layers, tied), quantization, notes)
-    tensors = tuple(spec_tensors(checkpoint, row, layers, tied, quantization is not None, notes))
+    notes += left_out
     if quantization is not None:
         tensors = _joined(checkpoint, row, config, layers, tied, sizes, tensors, notes)
     return ModelSpec(
@@ -150,6 +156,22 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
         experts_per_token=sizes.experts_per_token,
         expert_intermediate=sizes.expert_intermediate or (sizes.intermediate if sizes.experts else 0),
     )
+
+
+def _check_dtypes(tensors: Iterable[SpecTensor], where: str) -> None:
+    """Weights that are not quantized are floats of 16 bits or more; masks and other buffers may be anything.
+
+    Raises:
+        CheckpointError: the first that is not.
+    """
+    for tensor in tensors:
+        if tensor.role in _WEIGHTS and tensor.dtype not in PLAIN_FLOATS:
+            raise CheckpointError(
+                f"{where}: {shown(tensor.name)} is {tensor.dtype}, which no plain weight is, and config.json has no "
+                "quantization_config",
+                "FP8 or packed weights whose config.json lost it? Download it again, or set model.path to the "
+                "unquantized model.",
+            )
 
 
 def main_dtype(tensors: Iterable[TensorInfo]) -> str:

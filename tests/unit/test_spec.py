@@ -327,6 +327,47 @@ def test_dimensions_of_packed_weights(method: str, tmp_path: Path) -> None:
     assert any(("packed shapes" if readable else "config.json's") in note for note in spec.notes)
 
 
+@pytest.mark.parametrize("dtype", ["bool", "int64", "int8", "uint8", "float8_e4m3fn", "float8_e5m2"])
+def test_weights_that_nothing_computes_in_are_refused(tmp_path: Path, dtype: str) -> None:
+    tensors = model_tensors()
+    linears = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items() if "proj" in name}
+    folder = write_model(tmp_path, tensors | linears)
+    name = next(info.dtype for info in open_checkpoint(folder).tensors.values() if info.dtype != "F32")
+    with pytest.raises(
+        CheckpointError, match=rf"layers\.0\.\S+_proj\.weight is {name}, .* no quantization_config"
+    ) as error:
+        of(folder)
+    assert error.value.hint is not None
+    assert "FP8 or packed" in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_an_embedding_or_a_head_of_integers_is_refused(tmp_path: Path, name: str) -> None:
+    tensors = model_tensors()
+    with pytest.raises(CheckpointError, match=f"{name} is I8"):
+        of(write_model(tmp_path, tensors | {name: tensors[name].to(torch.int8)}))
+
+
+@pytest.mark.parametrize("pack", [_fp8, _nf4])
+def test_packed_weights_whose_config_has_lost_them_are_named_by_their_dtype(tmp_path: Path, pack: Any) -> None:
+    tensors = {}
+    for name, tensor in model_tensors().items():
+        parts = pack(*tensor.shape) if "proj" in name else {"weight": tensor}
+        tensors |= {f"{name.removesuffix('.weight')}.{part}": value for part, value in parts.items()}
+    with pytest.raises(CheckpointError, match=r"proj\.weight is (F8_E4M3|U8), "):
+        of(write_model(tmp_path, tensors))
+
+
+def test_buffers_of_integers_are_no_weights(tmp_path: Path) -> None:
+    buffers = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4, dtype=torch.int64),
+        "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+        "model.layers.0.self_attn.q_proj.g_idx": torch.zeros(32, dtype=torch.int32),
+        "model.position_ids": torch.zeros(1, 8, dtype=torch.int64),
+    }
+    assert of(write_model(tmp_path, model_tensors() | buffers)).dtype == "F32"
+
+
 def test_an_adapter_is_held_against_a_config_alone(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", CONFIG)
     adapter = open_adapter(write_adapter(tmp_path / "lora"))
