@@ -29,6 +29,7 @@ from orchestrator.checkpoint.dimensions import (
 from orchestrator.checkpoint.folder import Checkpoint
 from orchestrator.checkpoint.measure import contradictions, measured
 from orchestrator.checkpoint.packed import PADDED, joined, unpacked_shapes
+from orchestrator.checkpoint.positions import longest_context
 from orchestrator.checkpoint.roles import SpecLora as SpecLora  # for those who have the spec
 from orchestrator.checkpoint.roles import SpecTensor as SpecTensor
 from orchestrator.checkpoint.roles import layer_pattern, spec_tensors
@@ -49,7 +50,7 @@ class ModelSpec:
         heads, kv_heads: of the attention; head_dim: size of one head, in elements (with latent attention: of a query).
         intermediate: of the layers that have one MLP.
         tied: the output head is the embedding (then `tensors` has no head).
-        max_context: longest position of the config, in tokens.
+        max_context: longest position of the config, in tokens, as RoPE scaling stretches it.
         dtype: the commonest floating type of the weights by size, in safetensors' names.
         parameters: elements of `tensors`; of a packed linear those that it stands for.
         quantization: config.json's quantization_config; None for plain weights.
@@ -132,6 +133,7 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
     notes += left_out
     if quantization is not None:
         tensors = _joined(checkpoint, row, config, layers, tied, sizes, tensors, notes)
+    longest = longest_context(row, config, notes)
     return ModelSpec(
         architecture=architecture_name(checkpoint.config),
         model_type=shown(checkpoint.config.get("model_type", "")),
@@ -143,7 +145,7 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
         intermediate=sizes.intermediate,
         vocab=sizes.vocab,
         tied=tied,
-        max_context=config.maybe("max_position_embeddings") or config.maybe("seq_length") or row.max_context,
+        max_context=longest,
         dtype=main_dtype(checkpoint.tensors.values()),
         parameters=sum(math.prod(tensor.shape) for tensor in tensors),
         quantization=quantization,

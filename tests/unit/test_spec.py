@@ -251,6 +251,84 @@ def changed(folder: Path, copy: Path, **config: Any) -> ModelSpec:
     return of(copy)
 
 
+# The longest context, of 64 positions
+
+
+def yarn(factor: float | None = 4.0, original: int | None = 64) -> dict[str, Any]:
+    return {"type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({"rope_scaling": yarn()}, 256),
+        ({"rope_scaling": {**yarn(), "type": None, "rope_type": "yarn"}}, 256),
+        ({"rope_scaling": yarn(original=16)}, 64),  # the positions are stretched ones already
+        ({"rope_scaling": yarn(original=8)}, 64),  # never less than config.json says
+        ({"rope_scaling": yarn(original=None)}, 256),
+        ({"rope_scaling": yarn(), "original_max_position_embeddings": 16}, 64),
+        ({"rope_scaling": yarn(factor=None)}, 64),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, 128),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.5}}, 160),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 0.5}}, 64),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}}, 64),
+        ({"rope_scaling": {"type": "longrope", "factor": 8.0}}, 64),
+        ({"rope_scaling": {"type": "su", "factor": 8.0}}, 64),
+        ({"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2]}}, 64),
+        ({"rope_parameters": {**yarn(), "rope_theta": 1e6}}, 256),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": yarn()}, 256),
+        ({"rope_parameters": {"full_attention": yarn(), "sliding_attention": {"rope_type": "default"}}}, 256),
+    ],
+)
+def test_rope_scaling_makes_the_context_longer(
+    saved: dict[str, tuple[Any, Path]], tmp_path: Path, config: dict[str, Any], tokens: int
+) -> None:
+    spec = changed(saved["qwen2"][1], tmp_path / "copy", **{"rope_parameters": None, **config})
+    assert (spec.max_context, spec.notes) == (tokens, ())
+
+
+@pytest.mark.parametrize(
+    ("label", "key", "rope"),
+    [
+        ("deepseek v3", "rope_scaling", yarn(original=16)),
+        ("gemma3", "rope_scaling", {"rope_type": "linear", "factor": 8.0}),
+        ("gemma3", "rope_parameters", {"full_attention": {"rope_type": "linear", "factor": 8.0}}),
+    ],
+)
+def test_scaling_that_the_positions_count_already(
+    saved: dict[str, tuple[Any, Path]], tmp_path: Path, label: str, key: str, rope: dict[str, Any]
+) -> None:
+    assert changed(saved[label][1], tmp_path / "copy", **{"rope_parameters": None, key: rope}).max_context == 64
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("factor", ["4", 0, -1, True, [4], 1e300, 10**400, 2**39])
+def test_a_factor_that_is_none_is_named(
+    saved: dict[str, tuple[Any, Path]], tmp_path: Path, key: str, factor: object
+) -> None:
+    config = {"rope_parameters": None, key: {"rope_type": "linear", "factor": factor}}
+    with pytest.raises(CheckpointError, match=rf"{key}\.factor is ") as caught:
+        changed(saved["llama"][1], tmp_path / "copy", **config)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_strange_values_of_rope_scaling(saved: dict[str, tuple[Any, Path]], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r'rope_scaling is "yarn", not an object'):
+        changed(saved["llama"][1], tmp_path / "text", rope_scaling="yarn")
+    with pytest.raises(CheckpointError, match=r"rope_scaling\.original_max_position_embeddings is -1, not a positive"):
+        changed(saved["llama"][1], tmp_path / "negative", rope_scaling=yarn(original=-1))
+    assert changed(saved["llama"][1], tmp_path / "type", rope_scaling={"type": ["x"], "factor": 2}).max_context == 64
+
+
+@pytest.mark.parametrize(("label", "tokens"), [("llama", 2048), ("mistral", 131072), ("gemma3", 131072)])
+def test_a_length_that_is_assumed_is_said(
+    saved: dict[str, tuple[Any, Path]], tmp_path: Path, label: str, tokens: int
+) -> None:
+    spec = changed(saved[label][1], tmp_path / "copy", max_position_embeddings=None)
+    assert spec.max_context == tokens
+    assert any(f"does not say max_position_embeddings: {tokens}" in note for note in spec.notes)
+
+
 # Weights that are quantized already: linears of 4 bits in groups of 16
 
 
