@@ -202,7 +202,7 @@ _ASYNC_ENGINE_ARGS = {
     "worker_cls": "",
     "worker_extension_cls": "",
 }
-# Of ExLlamaV2Config: the lengths, and the sizes of its scratch.
+# Of ExLlamaV2Config: the lengths, the sizes of its scratch, and the attention that goes with the cards.
 _EXLLAMAV2_CONFIG = {
     "model_dir": "model.path",
     "max_seq_len": "model.max_context",
@@ -212,6 +212,8 @@ _EXLLAMAV2_CONFIG = {
     "max_output_len": "",
     "max_attention_size": "",
     "max_dq_size": "",
+    "no_flash_attn": "",
+    "no_sdpa": "",
 }
 
 BACKENDS: dict[str, Backend] = {
