@@ -18,7 +18,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from orchestrator.backends.table import BACKENDS, METHODS, backends_with_adapters, backends_with_key
+from orchestrator.backends.table import (
+    BACKENDS,
+    METHODS,
+    backends_that_plan,
+    backends_with_adapters,
+    backends_with_key,
+)
 from orchestrator.errors import ConfigError
 
 MEMORY_GIB = (0.1, 4096.0)  # that a GPU, or a host, can be capped to
@@ -31,7 +37,9 @@ class BackendConfig:
     name: str = "auto"
     library: str | None = None
     python: str | None = None  # interpreter for the engine's process; unset: chosen by what is installed
-    engine_args: dict[str, Any] = field(default_factory=dict)  # passed to the engine as it is
+    engine_args: dict[str, Any] = field(
+        default_factory=dict
+    )  # passed to the engine as it is, but for what the plan decides
 
 
 @dataclass
@@ -349,6 +357,18 @@ def _who(able: list[str]) -> str:
     return f"backend={' or '.join(able)} has it" if able else "no backend of this version has it"
 
 
+def _check_engine_args(config: Config) -> Iterator[str]:
+    """Of what goes to the engine as it is: it would win against the plan. With backend=auto any engine may get it."""
+    for name in config.backend.engine_args:
+        planning = [b for b in backends_that_plan(name) if config.backend.name in ("auto", b)]
+        if planning:
+            key = BACKENDS[planning[0]].planned_args[name]
+            yield (
+                f"backend.engine_args.{name} would undo what is planned for backend={' or '.join(planning)}: "
+                f"{f'type {key} instead' if key else 'leave it out'}"
+            )
+
+
 def _check_hardware(config: Config) -> Iterator[str]:
     hardware = config.hardware
     if hardware.profile not in ("auto", "cpu") and hardware.cards is None:
@@ -463,6 +483,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     _check_choices,
     _check_numbers,
     _check_engine_keys,
+    _check_engine_args,
     _check_hardware,
     _check_memory,
     _check_model,

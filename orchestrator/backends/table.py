@@ -6,6 +6,7 @@ names it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -105,6 +106,8 @@ class Backend:
             (model.merge=false; see pipeline), whose module has a `disk_part` too; empty: it runs none.
         grows: of an engine whose memory grows with the tokens it holds, "module:function" of what a plan comes to for
             some of them; empty: all of it is taken when it loads.
+        planned_args: those of its own arguments (backend.engine_args) that the plan decides, or that its adapter
+            rests on -> the key of ours that says the same; empty: none does.
     """
 
     name: str
@@ -126,6 +129,7 @@ class Backend:
     half: frozenset[str] = frozenset()
     unmerged: str = ""
     grows: str = ""
+    planned_args: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def known_methods(self) -> tuple[str, ...]:
@@ -134,6 +138,83 @@ class Backend:
 
 
 MARLIN_GROUPS = (-1, 32, 64, 128)
+
+# Of from_pretrained: what places, quantizes or finds a model otherwise than planned.
+_FROM_PRETRAINED = {
+    "pretrained_model_name_or_path": "model.path",
+    "revision": "model.revision",
+    "trust_remote_code": "model.trust_remote_code",
+    "dtype": "model.dtype",
+    "torch_dtype": "model.dtype",
+    "quantization_config": "quant.method",
+    "load_in_4bit": "quant.bits",
+    "load_in_8bit": "quant.bits",
+    "device_map": "hardware.gpus",
+    "max_memory": "hardware.memory_gib",
+    "offload_folder": "offload.folder",
+    "offload_buffers": "",
+    "tp_plan": "",
+    "tp_size": "",
+    "device_mesh": "",
+    "distributed_config": "",
+    "config": "",
+    "state_dict": "",
+    "gguf_file": "",
+    "use_safetensors": "",
+    "local_files_only": "",
+    "output_loading_info": "",
+}
+# Of AsyncEngineArgs. Not among them: what only costs time (enforce_eager, which the plan reads) or says more.
+_ASYNC_ENGINE_ARGS = {
+    "model": "model.path",
+    "model_weights": "model.path",
+    "revision": "model.revision",
+    "code_revision": "model.revision",
+    "tokenizer": "model.path",
+    "tokenizer_revision": "model.revision",
+    "trust_remote_code": "model.trust_remote_code",
+    "dtype": "model.dtype",
+    "quantization": "quant.method",
+    "quantization_config": "quant.method",
+    "max_model_len": "model.max_context",
+    "max_num_seqs": "run.in_flight",
+    "max_num_batched_tokens": "",
+    "seed": "generation.seed",
+    "kv_cache_dtype": "cache.bits",
+    "kv_cache_memory_bytes": "hardware.memory_gib",
+    "gpu_memory_utilization": "hardware.memory_gib",
+    "num_gpu_blocks_override": "model.max_context",
+    "block_size": "",
+    "tensor_parallel_size": "parallel.tensor",
+    "pipeline_parallel_size": "parallel.pipeline",
+    "data_parallel_size": "",
+    "data_parallel_size_local": "",
+    "prefill_context_parallel_size": "",
+    "decode_context_parallel_size": "",
+    "enable_expert_parallel": "",
+    "distributed_executor_backend": "",
+    "device_ids": "hardware.gpus",
+    "nnodes": "",
+    "cpu_offload_gb": "",
+    "enable_lora": "model.adapter",
+    "load_format": "",
+    "max_logprobs": "",
+    "worker_cls": "",
+    "worker_extension_cls": "",
+}
+# Of ExLlamaV2Config: the lengths, the sizes of its scratch, and the attention that goes with the cards.
+_EXLLAMAV2_CONFIG = {
+    "model_dir": "model.path",
+    "max_seq_len": "model.max_context",
+    "max_batch_size": "run.in_flight",
+    "load_in_q4": "quant.bits",
+    "max_input_len": "",
+    "max_output_len": "",
+    "max_attention_size": "",
+    "max_dq_size": "",
+    "no_flash_attn": "",
+    "no_sdpa": "",
+}
 
 BACKENDS: dict[str, Backend] = {
     b.name: b
@@ -150,6 +231,7 @@ BACKENDS: dict[str, Backend] = {
             speed={"nf4": 1.0, "fp4": 1.0, "int8": 0.5},
             keys=frozenset({"quant.double", "offload.folder", "offload.cpu_gib"}),
             loads={"bitsandbytes": Loads((4, 8), cpu_bits=(4, 8))},
+            planned_args=_FROM_PRETRAINED,
         ),
         Backend(
             name="transformers",
@@ -162,6 +244,7 @@ BACKENDS: dict[str, Backend] = {
             extra="transformers",
             speed={"none": 1.2},
             keys=frozenset({"offload.folder", "offload.cpu_gib"}),
+            planned_args=_FROM_PRETRAINED,
         ),
         Backend(
             name="vllm",
@@ -192,6 +275,7 @@ BACKENDS: dict[str, Backend] = {
             },
             elsewhere=frozenset({"gptq"}),
             half=frozenset({"gptq", "awq", "compressed-tensors", "fp8"}),
+            planned_args=_ASYNC_ENGINE_ARGS,
         ),
         Backend(
             name="exllamav2",
@@ -221,6 +305,7 @@ BACKENDS: dict[str, Backend] = {
             on_request=frozenset({"none"}),
             loads={"exl2": Loads(), "gptq": Loads((4,))},
             unmerged="orchestrator.stages.exl2_adapters:write_adapters",
+            planned_args=_EXLLAMAV2_CONFIG,
         ),
     )
 }
@@ -229,6 +314,11 @@ BACKENDS: dict[str, Backend] = {
 def backends_with_key(key: str) -> list[str]:
     """Names of the backends that understand an engine-specific key of the configuration."""
     return [backend.name for backend in BACKENDS.values() if key in backend.keys]
+
+
+def backends_that_plan(argument: str) -> list[str]:
+    """Names of the backends of whose own arguments (backend.engine_args) the plan decides this one."""
+    return [backend.name for backend in BACKENDS.values() if argument in backend.planned_args]
 
 
 def backends_with_adapters() -> list[str]:

@@ -46,6 +46,7 @@ class Architecture:
         elsewhere: (prefix of the language part, head) as other versions of the format have them.
         defaults: what transformers takes for keys that config.json leaves out.
         tied, head_dim, max_context: the same, also where they are null (head_dim 0: hidden size / heads).
+        counts_scaling: max_position_embeddings is the length after RoPE scaling, whatever its type and factor.
         sliding: which layers have a sliding window where `layer_types` does not say (see `caches.SLIDING`).
         window_switch: the window counts only where use_sliding_window is true.
         halved: config.json's intermediate_size is that of gate and up together.
@@ -67,6 +68,7 @@ class Architecture:
     tied: bool = False
     head_dim: int = 0
     max_context: int = 2048
+    counts_scaling: bool = False
     sliding: str = "all"
     window_switch: bool = False
     halved: bool = False
@@ -106,6 +108,7 @@ _GEMMA3 = replace(
     every=(*ATTENTION, *ALL_BIASES, *GEMMA_NORMS, *HEAD_NORMS),
     sliding="pattern",
     max_context=131072,
+    counts_scaling=True,
     rotary_sets=2,
     # Published configs of the larger ones leave out all but the sizes in which they differ from the 1B.
     defaults={

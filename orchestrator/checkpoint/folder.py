@@ -32,6 +32,7 @@ CARRIED = (
 )
 """Patterns of the files that a result carries over byte for byte; never weights or indexes."""
 
+_AGAIN = "Download the model again."
 _NEVER_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".part")
 
 
@@ -88,8 +89,11 @@ def checkpoint_of(files: Files) -> Checkpoint:
         raise no_config(where, set(files.names()))
     config = parse_object(files.read("config.json", JSON_LIMIT), shown(files.path / "config.json", 400))
     weights = weights_of(files, MODEL_FORMATS)
-    if weights is None or not weights.tensors:
+    if weights is None:
         raise no_weights(where, set(files.names()))
+    if not weights.tensors:
+        names = ", ".join(shown(file.name) for file in weights.files[:3])
+        raise CheckpointError(f"{where}: there are no tensors in {names}", _AGAIN)
     return Checkpoint(
         files.path,
         config,
@@ -154,4 +158,4 @@ def no_weights(where: str, names: Collection[str]) -> CheckpointError:
     wanted = ", ".join(form.single for form in MODEL_FORMATS)
     others = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".gguf", ".pth")))
     there = f" (there is {shown(others[0])})" if others else ""
-    return CheckpointError(f"{where} holds no weights{there}: {wanted} or numbered shards", "Download the model again.")
+    return CheckpointError(f"{where} holds no weights{there}: {wanted} or numbered shards", _AGAIN)

@@ -29,12 +29,15 @@ from orchestrator.checkpoint.dimensions import (
 from orchestrator.checkpoint.folder import Checkpoint
 from orchestrator.checkpoint.measure import contradictions, measured
 from orchestrator.checkpoint.packed import PADDED, joined, unpacked_shapes
+from orchestrator.checkpoint.positions import longest_context
 from orchestrator.checkpoint.roles import SpecLora as SpecLora  # for those who have the spec
 from orchestrator.checkpoint.roles import SpecTensor as SpecTensor
 from orchestrator.checkpoint.roles import layer_pattern, spec_tensors
 from orchestrator.checkpoint.tensors import PLAIN_FLOATS, TensorInfo
 from orchestrator.checkpoint.trust import shown
 from orchestrator.errors import CheckpointError
+
+_WEIGHTS = {"linear", "expert", "embedding", "head"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +50,7 @@ class ModelSpec:
         heads, kv_heads: of the attention; head_dim: size of one head, in elements (with latent attention: of a query).
         intermediate: of the layers that have one MLP.
         tied: the output head is the embedding (then `tensors` has no head).
-        max_context: longest position of the config, in tokens.
+        max_context: longest position of the config, in tokens, as RoPE scaling stretches it.
         dtype: the commonest floating type of the weights by size, in safetensors' names.
         parameters: elements of `tensors`; of a packed linear those that it stands for.
         quantization: config.json's quantization_config; None for plain weights.
@@ -122,10 +125,15 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
     notes = list(checkpoint.notes)
     tied = is_tied(checkpoint.config)
     layers = _layers(checkpoint, row, config, notes)
+    left_out: list[str] = []
+    tensors = tuple(spec_tensors(checkpoint, row, layers, tied, quantization is not None, left_out))
+    if quantization is None:
+        _check_dtypes(tensors, where)  # before the shapes: those of packed weights contradict each other
     sizes = _sizes(checkpoint, row, config, (layers, tied), quantization, notes)
-    tensors = tuple(spec_tensors(checkpoint, row, layers, tied, quantization is not None, notes))
+    notes += left_out
     if quantization is not None:
         tensors = _joined(checkpoint, row, config, layers, tied, sizes, tensors, notes)
+    longest = longest_context(row, config, notes)
     return ModelSpec(
         architecture=architecture_name(checkpoint.config),
         model_type=shown(checkpoint.config.get("model_type", "")),
@@ -137,7 +145,7 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
         intermediate=sizes.intermediate,
         vocab=sizes.vocab,
         tied=tied,
-        max_context=config.maybe("max_position_embeddings") or config.maybe("seq_length") or row.max_context,
+        max_context=longest,
         dtype=main_dtype(checkpoint.tensors.values()),
         parameters=sum(math.prod(tensor.shape) for tensor in tensors),
         quantization=quantization,
@@ -150,6 +158,22 @@ def model_spec(checkpoint: Checkpoint) -> ModelSpec:
         experts_per_token=sizes.experts_per_token,
         expert_intermediate=sizes.expert_intermediate or (sizes.intermediate if sizes.experts else 0),
     )
+
+
+def _check_dtypes(tensors: Iterable[SpecTensor], where: str) -> None:
+    """Weights that are not quantized are floats of 16 bits or more; masks and other buffers may be anything.
+
+    Raises:
+        CheckpointError: the first that is not.
+    """
+    for tensor in tensors:
+        if tensor.role in _WEIGHTS and tensor.dtype not in PLAIN_FLOATS:
+            raise CheckpointError(
+                f"{where}: {shown(tensor.name)} is {tensor.dtype}, which no plain weight is, and config.json has no "
+                "quantization_config",
+                "FP8 or packed weights whose config.json lost it? Download it again, or set model.path to the "
+                "unquantized model.",
+            )
 
 
 def main_dtype(tensors: Iterable[TensorInfo]) -> str:

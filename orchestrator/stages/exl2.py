@@ -23,10 +23,13 @@ from typing import Any
 from orchestrator.artifacts import MANIFEST, RECIPE_NAME, Artifact, Built, Recipe, Store
 from orchestrator.backends.exl2_setup import visible_devices
 from orchestrator.backends.table import BACKENDS
+from orchestrator.checkpoint.architectures import layout_of
 from orchestrator.checkpoint.carry import written_config
+from orchestrator.checkpoint.config_values import ConfigValues
 from orchestrator.checkpoint.exl2_layout import TOLERANCE
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.checkpoint.folder import Checkpoint, carried_files, fingerprint, open_checkpoint
+from orchestrator.checkpoint.positions import longest_context
 from orchestrator.checkpoint.trust import shown
 from orchestrator.config import Config, folder
 from orchestrator.engine.cuda_build import require_build
@@ -96,7 +99,9 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
     source = open_checkpoint(model.path)
     if source.quantized or chosen.method != "exl2":
         _check_rope(source)
+        _check_scaling(source.config, source.path, chosen.max_context)
         return model  # loaded as it is
+    _check_scaling(written_config(source.config, ""), source.path, chosen.max_context)
     length = _length(config, source)
     store = Store(folder(config.paths.artifacts))
     choice = _choose(store, config, _inputs(model, source), source, length, chosen.bits)
@@ -230,6 +235,24 @@ def _check_rope(source: Checkpoint) -> None:
             "Add rope_theta (and rope_scaling) to config.json beside them."
             if source.quantized
             else "Add convert.dtype=float16: the copy that is made has both forms.",
+        )
+
+
+def _check_scaling(config: dict[str, Any], path: Path, context: int) -> None:
+    """exllamav2 scales by rope_scaling only, and not by its type dynamic: past its positions a model answers nonsense.
+
+    Args:
+        config: config.json as exllamav2 will find it.
+    """
+    row, where = layout_of(config), f"{shown(path, 400)}/config.json"
+    scaling = config.get("rope_scaling")
+    known = isinstance(scaling, dict) and "dynamic" not in (scaling.get("rope_type"), scaling.get("type"))
+    read = config | {"rope_parameters": None, "rope_scaling": scaling if known else None}
+    most = longest_context(row, ConfigValues(read, where, row.defaults), []) if row else context
+    if context > most:
+        raise ConfigError(
+            f"{where}: exllamav2 does not scale beyond {most} tokens as it says, and {context} are asked for",
+            f"Set model.max_context={most} or less, or use another backend.",
         )
 
 

@@ -61,6 +61,18 @@ def test_no_weights(tmp_path):
     refused(tmp_path, "adapter's weights", "model.adapter=")
 
 
+def test_weight_files_without_a_tensor(tmp_path):
+    write_json(tmp_path / "config.json", CONFIG)
+    save(tmp_path / "model.safetensors", {})
+    refused(tmp_path, str(tmp_path), "there are no tensors in model.safetensors", "Download the model again")
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    refused(tmp_path, "there are no tensors in model.safetensors")
+    for number in (1, 2):
+        save(tmp_path / f"model-0000{number}-of-00002.safetensors", {})
+    (tmp_path / "model.safetensors").unlink()
+    refused(tmp_path, "no tensors in model-00001-of-00002.safetensors, model-00002-of-00002.safetensors")
+
+
 def test_whole_safetensors_win_over_bin_beside_them(tmp_path):
     write_model(tmp_path, kind="bin", shards=2)
     checkpoint = open_checkpoint(write_model(tmp_path, shards=2))

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 from composing import CONF, composed, hydra_ready
 
-from orchestrator.backends.table import BACKENDS, backends_with_key
+from orchestrator.backends import vllm
+from orchestrator.backends.protocol import LoadPlan
+from orchestrator.backends.table import BACKENDS, Backend, backends_with_key
 from orchestrator.config import ENGINE_KEYS, Config, did_you_mean, get, keys, parse_size
 from orchestrator.errors import ConfigError
 
@@ -124,6 +126,59 @@ def test_a_method_of_another_engine_names_the_engine_that_has_it() -> None:
 def test_an_engine_setting_that_nothing_takes_is_refused_with_any_backend(key: str) -> None:
     assert key in refusal(f"{key}=1")
     assert all(key in refusal(f"{key}=1", f"backend={name}") for name in BACKENDS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (
+            ["backend=vllm", "backend.engine_args.tensor_parallel_size=2"],
+            "tensor_parallel_size would undo what is planned for backend=vllm: type parallel.tensor",
+        ),
+        (["backend=vllm", "backend.engine_args.gpu_memory_utilization=0.9"], "type hardware.memory_gib instead"),
+        (["backend=vllm", "+backend.engine_args={kv_cache_dtype: fp8}"], "type cache.bits instead"),
+        (["backend=vllm", "backend.engine_args.load_format=dummy"], "planned for backend=vllm: leave it out"),
+        (["backend=exllamav2", "backend.engine_args.max_seq_len=9"], "type model.max_context instead"),
+        (["backend=transformers", "backend.engine_args.device_map=auto"], "type hardware.gpus instead"),
+        (["backend=bitsandbytes", "backend.engine_args.quantization_config.bits=4"], "type quant.method instead"),
+        (["backend.engine_args.max_model_len=9"], "planned for backend=vllm: type model.max_context"),
+        (
+            ["backend.engine_args.torch_dtype=half", "task=plan"],
+            "backend=bitsandbytes or transformers: type model.dtype",
+        ),
+    ],
+)
+def test_an_engines_own_argument_that_the_plan_decides_names_our_key(argv: list[str], said: str) -> None:
+    assert said in refusal(*argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["backend=vllm", "backend.engine_args.enforce_eager=true"],
+        ["backend=transformers", "backend.engine_args.attn_implementation=eager"],
+        ["backend=exllamav2", "backend.engine_args.scale_alpha_value=2.0"],
+        ["backend=exllamav2", "backend.engine_args.max_model_len=9"],  # of vllm: this engine says that it has none
+        ["backend.engine_args.enforce_eager=true"],
+    ],
+)
+def test_what_the_plan_does_not_decide_goes_to_the_engine(argv: list[str]) -> None:
+    assert composed(*argv).backend.engine_args
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+def test_an_argument_that_the_plan_decides_has_a_key_of_that_backend(backend: Backend) -> None:
+    named = {key for key in backend.planned_args.values() if key}
+    assert named <= set(keys())
+    assert named & set(ENGINE_KEYS) <= backend.keys | {"offload.folder"}
+    for argument, key in backend.planned_args.items():  # with backend=auto one key is named for all
+        assert {b.planned_args[argument] for b in BACKENDS.values() if argument in b.planned_args} == {key}
+
+
+def test_what_vllms_adapter_sets_is_refused() -> None:
+    plan = LoadPlan("m", "vllm", "none", 16, "bfloat16", 64, 4, {"": "cpu"}, {"cpu": 1}, kv_cache={"cpu": 1})
+    ours = vllm._arguments(plan) | vllm._cpu_arguments(plan)
+    assert set(ours) - set(BACKENDS["vllm"].planned_args) == {"generation_config", "disable_log_stats", "enforce_eager"}
 
 
 def test_model_adapter_is_short_for_one_adapter() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,36 @@ def test_a_measurement_of_a_base_that_was_converted_first(bench: Bench) -> None:
         made[stage] = Model(artifact.path, (artifact,))
     built = [exl2.quantize(bench.config(), made[s], bench.chosen(4.0), bench.run).built for s in ("convert", "merge")]
     assert [len(names) for names in built] == [2, 1]
+
+
+@pytest.mark.parametrize("method", ["none", "exl2"])
+def test_a_context_that_exllamav2_does_not_scale_to(bench: Bench, method: str) -> None:
+    scaling = {"type": "dynamic", "factor": 2.0}
+    (bench.source / "config.json").write_text(json.dumps(SHAPE.config() | {"rope_scaling": scaling}))
+    chosen = replace(bench.chosen(4.0), method=method, max_context=SHAPE.context + 1)
+    with pytest.raises(ConfigError, match=f"does not scale beyond {SHAPE.context} tokens") as error:
+        exl2.quantize(bench.config(), Model(bench.source), chosen, bench.run)
+    assert f"model.max_context={SHAPE.context}" in (error.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "works"),
+    [
+        ("rope_scaling", "dynamic", False),
+        ("rope_scaling", "linear", True),
+        ("rope_scaling", "yarn", True),
+        ("rope_parameters", "linear", False),  # it looks for rope_scaling only
+        ("rope_parameters", "yarn", False),
+    ],
+)
+def test_scaling_that_exllamav2_knows(bench: Bench, key: str, kind: str, works: bool) -> None:
+    config = SHAPE.config() | {key: {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0}}
+    (bench.source / "config.json").write_text(json.dumps(config))
+    chosen = replace(bench.chosen(4.0), method="none", bits=16.0, max_context=2 * SHAPE.context)
+    with nullcontext() if works else pytest.raises(ConfigError, match="does not scale beyond"):
+        exl2.quantize(bench.config(), Model(bench.source), chosen, bench.run)
+    chosen = replace(chosen, max_context=SHAPE.context)
+    assert exl2.quantize(bench.config(), Model(bench.source), chosen, bench.run).path == bench.source
 
 
 def test_what_a_target_gives(tmp_path: Path) -> None:

@@ -251,6 +251,84 @@ def changed(folder: Path, copy: Path, **config: Any) -> ModelSpec:
     return of(copy)
 
 
+# The longest context, of 64 positions
+
+
+def yarn(factor: float | None = 4.0, original: int | None = 64) -> dict[str, Any]:
+    return {"type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({"rope_scaling": yarn()}, 256),
+        ({"rope_scaling": {**yarn(), "type": None, "rope_type": "yarn"}}, 256),
+        ({"rope_scaling": yarn(original=16)}, 64),  # the positions are stretched ones already
+        ({"rope_scaling": yarn(original=8)}, 64),  # never less than config.json says
+        ({"rope_scaling": yarn(original=None)}, 256),
+        ({"rope_scaling": yarn(), "original_max_position_embeddings": 16}, 64),
+        ({"rope_scaling": yarn(factor=None)}, 64),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, 128),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.5}}, 160),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 0.5}}, 64),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}}, 64),
+        ({"rope_scaling": {"type": "longrope", "factor": 8.0}}, 64),
+        ({"rope_scaling": {"type": "su", "factor": 8.0}}, 64),
+        ({"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2]}}, 64),
+        ({"rope_parameters": {**yarn(), "rope_theta": 1e6}}, 256),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": yarn()}, 256),
+        ({"rope_parameters": {"full_attention": yarn(), "sliding_attention": {"rope_type": "default"}}}, 256),
+    ],
+)
+def test_rope_scaling_makes_the_context_longer(
+    saved: dict[str, tuple[Any, Path]], tmp_path: Path, config: dict[str, Any], tokens: int
+) -> None:
+    spec = changed(saved["qwen2"][1], tmp_path / "copy", **{"rope_parameters": None, **config})
+    assert (spec.max_context, spec.notes) == (tokens, ())
+
+
+@pytest.mark.parametrize(
+    ("label", "key", "rope"),
+    [
+        ("deepseek v3", "rope_scaling", yarn(original=16)),
+        ("gemma3", "rope_scaling", {"rope_type": "linear", "factor": 8.0}),
+        ("gemma3", "rope_parameters", {"full_attention": {"rope_type": "linear", "factor": 8.0}}),
+    ],
+)
+def test_scaling_that_the_positions_count_already(
+    saved: dict[str, tuple[Any, Path]], tmp_path: Path, label: str, key: str, rope: dict[str, Any]
+) -> None:
+    assert changed(saved[label][1], tmp_path / "copy", **{"rope_parameters": None, key: rope}).max_context == 64
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("factor", ["4", 0, -1, True, [4], 1e300, 10**400, 2**39])
+def test_a_factor_that_is_none_is_named(
+    saved: dict[str, tuple[Any, Path]], tmp_path: Path, key: str, factor: object
+) -> None:
+    config = {"rope_parameters": None, key: {"rope_type": "linear", "factor": factor}}
+    with pytest.raises(CheckpointError, match=rf"{key}\.factor is ") as caught:
+        changed(saved["llama"][1], tmp_path / "copy", **config)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_strange_values_of_rope_scaling(saved: dict[str, tuple[Any, Path]], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r'rope_scaling is "yarn", not an object'):
+        changed(saved["llama"][1], tmp_path / "text", rope_scaling="yarn")
+    with pytest.raises(CheckpointError, match=r"rope_scaling\.original_max_position_embeddings is -1, not a positive"):
+        changed(saved["llama"][1], tmp_path / "negative", rope_scaling=yarn(original=-1))
+    assert changed(saved["llama"][1], tmp_path / "type", rope_scaling={"type": ["x"], "factor": 2}).max_context == 64
+
+
+@pytest.mark.parametrize(("label", "tokens"), [("llama", 2048), ("mistral", 131072), ("gemma3", 131072)])
+def test_a_length_that_is_assumed_is_said(
+    saved: dict[str, tuple[Any, Path]], tmp_path: Path, label: str, tokens: int
+) -> None:
+    spec = changed(saved[label][1], tmp_path / "copy", max_position_embeddings=None)
+    assert spec.max_context == tokens
+    assert any(f"does not say max_position_embeddings: {tokens}" in note for note in spec.notes)
+
+
 # Weights that are quantized already: linears of 4 bits in groups of 16
 
 
@@ -325,6 +403,47 @@ def test_dimensions_of_packed_weights(method: str, tmp_path: Path) -> None:
     spec = of(write_model(tmp_path / "wrong", tensors, config=wrong))
     assert spec.intermediate == (48 if readable else 24)
     assert any(("packed shapes" if readable else "config.json's") in note for note in spec.notes)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int64", "int8", "uint8", "float8_e4m3fn", "float8_e5m2"])
+def test_weights_that_nothing_computes_in_are_refused(tmp_path: Path, dtype: str) -> None:
+    tensors = model_tensors()
+    linears = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items() if "proj" in name}
+    folder = write_model(tmp_path, tensors | linears)
+    name = next(info.dtype for info in open_checkpoint(folder).tensors.values() if info.dtype != "F32")
+    with pytest.raises(
+        CheckpointError, match=rf"layers\.0\.\S+_proj\.weight is {name}, .* no quantization_config"
+    ) as error:
+        of(folder)
+    assert error.value.hint is not None
+    assert "FP8 or packed" in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_an_embedding_or_a_head_of_integers_is_refused(tmp_path: Path, name: str) -> None:
+    tensors = model_tensors()
+    with pytest.raises(CheckpointError, match=f"{name} is I8"):
+        of(write_model(tmp_path, tensors | {name: tensors[name].to(torch.int8)}))
+
+
+@pytest.mark.parametrize("pack", [_fp8, _nf4])
+def test_packed_weights_whose_config_has_lost_them_are_named_by_their_dtype(tmp_path: Path, pack: Any) -> None:
+    tensors = {}
+    for name, tensor in model_tensors().items():
+        parts = pack(*tensor.shape) if "proj" in name else {"weight": tensor}
+        tensors |= {f"{name.removesuffix('.weight')}.{part}": value for part, value in parts.items()}
+    with pytest.raises(CheckpointError, match=r"proj\.weight is (F8_E4M3|U8), "):
+        of(write_model(tmp_path, tensors))
+
+
+def test_buffers_of_integers_are_no_weights(tmp_path: Path) -> None:
+    buffers = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4, dtype=torch.int64),
+        "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+        "model.layers.0.self_attn.q_proj.g_idx": torch.zeros(32, dtype=torch.int32),
+        "model.position_ids": torch.zeros(1, 8, dtype=torch.int64),
+    }
+    assert of(write_model(tmp_path, model_tensors() | buffers)).dtype == "F32"
 
 
 def test_an_adapter_is_held_against_a_config_alone(tmp_path: Path) -> None:
