@@ -37,9 +37,7 @@ class BackendConfig:
     name: str = "auto"
     library: str | None = None
     python: str | None = None  # interpreter for the engine's process; unset: chosen by what is installed
-    engine_args: dict[str, Any] = field(
-        default_factory=dict
-    )  # passed to the engine as it is, but for what the plan decides
+    engine_args: dict[str, Any] = field(default_factory=dict)  # the engine's own, none of them what the plan decides
 
 
 @dataclass
