@@ -475,7 +475,10 @@ def on_two(work: Path, model: Path, part: str) -> Result:
 def kill(out: Path, work: Path, only: Sequence[str]) -> None:
     """The embedded model at 4 bits. Every part has a store of its own; `whole` is what the others are compared with."""
     for part in only or KILL:
-        do(out, f"kill-{part}", partial(quality, work) if part == "quality" else partial(converted, out, work, part))
+        if part == "quality":
+            keep(out, "kill-quality", quality(work, kept(out, "kill-quality") or {}))
+        else:
+            do(out, f"kill-{part}", partial(converted, out, work, part))
 
 
 def converted(out: Path, work: Path, part: str) -> Result:
@@ -498,13 +501,17 @@ def converted(out: Path, work: Path, part: str) -> Result:
     return found if part == "whole" else found | {"compared": compare(whole, result)}
 
 
-def quality(work: Path) -> Result:
-    """Each result's KL to float32 and its top-1 agreement, on held-out text: files that differ may be as good."""
+def quality(work: Path, known: Result) -> Result:
+    """Each result's KL to float32 and its top-1 agreement, on held-out text: files that differ may be as good.
+
+    Args:
+        known: those that were scored before.
+    """
     windows = held_out()
     wanted = reference(work, windows)
-    found: Result = {}
+    found = dict(known)
     for part in KILL:
-        if (folder := work / "kill" / part / "result").is_dir():
+        if part not in known and (folder := work / "kill" / part / "result").is_dir():
             with live(work, f"kill-{part}", configured(work, folder, max(map(len, windows)))) as session:
                 scores = [session.engine.score(tokens, session.planned.spec.vocab) for tokens in windows]
                 found[part] = compared_scores(scores, wanted)

@@ -229,18 +229,22 @@ def weights_only(planned: Planned, bits: int) -> dict[str, int]:
     return {"total": planned.spec.parameters * bits // 8, "largest_layer": max(layers.values())}
 
 
-def kv_tokens(case: Case, chosen: Candidate, log: Path) -> dict[str, int | None] | None:
-    """Tokens that vLLM's cache has: by the plan, and as it says itself."""
+def kv_tokens(case: Case, chosen: Candidate, log: Path) -> dict[str, int] | None:
+    """Tokens that vLLM's cache has: by the plan, and as it says itself.
+
+    Raises:
+        RuntimeError: it says nothing.
+    """
     if case.engine != "vllm" or not chosen.gpus:
         return None
     shape = SHAPES[case.shape]
     heads = max(1, shape.kv_heads // chosen.tensor_parallel)
     token = 2 * shape.layers * heads * shape.hidden // shape.heads * case.cache_bits // 8
     found = CACHE_LOG.findall(log.read_text(errors="replace"))
-    return {
-        "promised": min(gpu.kv_cache for gpu in chosen.gpus) // token,
-        "real": int(found[-1].replace(",", "")) if found else None,
-    }
+    if not found:
+        raise RuntimeError(f"{log} does not say how many tokens the cache has")
+    promised = min(gpu.kv_cache for gpu in chosen.gpus) // token
+    return {"promised": promised, "real": int(found[-1].replace(",", ""))}
 
 
 # --- all cases

@@ -21,7 +21,7 @@ def host_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# torch's name before 2.9 and since; the allocator reads it when it is first used.
+# torch's old name and its new one, which 2.9 does not read for CUDA. The allocator reads them when it is first used.
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.backends.table import METHODS, backends_with_key
+from orchestrator.backends.table import BACKENDS, METHODS, backends_with_key
 from orchestrator.checkpoint.spec import ModelSpec
 from orchestrator.config import ENGINE_KEYS, Config, changed, get
 from orchestrator.hardware import GIB, Hardware
@@ -55,7 +55,8 @@ def smallest(config: Config, spec: ModelSpec, hardware: Hardware) -> Candidate:
         for other, machine in _everything(config, hardware)
         for ask in asks_of(other, spec, machine)
     ]
-    return min(tried, key=lambda c: sum(d.total for d in c.devices))
+    over = [c for c in tried if any(d.left < 0 for d in c.devices)]  # what is refused as it is has no sizes
+    return min(over or tried, key=lambda c: sum(d.total for d in c.devices))
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ def _typed(config: Config, other: Config, found: Candidate) -> Iterator[str]:
         yield f"backend={found.backend}"  # offloading, another one may come first with just so much host memory
     asked = (config.quant.bits, config.quant.method)
     if (other.quant.bits, other.quant.method) != asked or (found.offloads and config.quant.bits != found.bits):
-        yield f"quant.bits={found.bits:g}"
+        if found.bits != config.quant.bits:
+            yield f"quant.bits={found.bits:g}"
         if config.quant.method not in ("auto", found.method):
             yield "quant.method=auto"
     if other.model.dtype != config.model.dtype:
@@ -188,9 +190,11 @@ def _no_margin(config: Config, hardware: Hardware) -> Iterator[Try]:
 
 def _no_reserve(config: Config, hardware: Hardware) -> Iterator[Try]:
     kept = round(config.hardware.reserve_gib * GIB)
-    if kept and hardware.gpus:
-        gpus = tuple(replace(gpu, free=gpu.free + kept) for gpu in hardware.gpus)
-        yield changed(config, {"hardware.reserve_gib": 0.0}), replace(hardware, gpus=gpus)
+    if not kept or not all(gpu.free for gpu in hardware.gpus):  # of one that has nothing left, who knows what it had?
+        return
+    gpus = tuple(replace(gpu, free=gpu.free + kept) for gpu in hardware.gpus)
+    host = hardware.host_available + (0 if gpus else kept)
+    yield changed(config, {"hardware.reserve_gib": 0.0}), replace(hardware, gpus=gpus, host_available=host)
 
 
 def _smaller_cache(config: Config, hardware: Hardware) -> Iterator[Try]:
@@ -299,21 +303,27 @@ def _widths_below(config: Config) -> Iterator[float]:
         asked = config.quant.bits
     elif config.model.dtype != "auto" or config.quant.method == "none":
         asked = 16.0
+    elif config.quant.method != "auto":
+        asked = max(width for b in BACKENDS.values() for width in b.methods.get(config.quant.method, ()))
     else:
         asked = 32.0 if config.backend.name != "auto" else LEAST_BITS
     return (bits for bits in (16.0, *WIDTHS) if bits < asked)
 
 
+def _is_shorter(found: Candidate, asked: Config) -> bool:
+    return not found.offloads and found.max_context < (asked.model.max_context or 0)
+
+
 KINDS = (
-    _Kind("answers one after the other", _fewer_in_flight),
+    _Kind("fewer answers at a time", _fewer_in_flight),
     _Kind("the room that was kept for others", _no_reserve),
     _Kind("the degree that was typed", _another_degree),
     _Kind("the split that was typed", _own_split),
     _Kind("speed: a stage computes at a time", _stages),
     _Kind("the room for what a plan does not foresee", _no_margin),
     _Kind("a little precision of the cache", _smaller_cache),
-    _Kind("the length of a conversation", _shorter_context, longest=True),
-    _Kind("the method that was asked for", _another_method),
+    _Kind("the length of a conversation", _shorter_context, _is_shorter, longest=True),
+    _Kind("the method that was asked for", _another_method, lambda found, asked: found.method != asked.quant.method),
     _Kind("precision", _fewer_bits),
     _Kind("the engine that was asked for", _another_engine, lambda found, asked: found.backend != asked.backend.name),
     _Kind("speed", _to_host, lambda found, asked: found.offloads),

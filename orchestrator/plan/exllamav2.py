@@ -222,7 +222,8 @@ def _layers_whole(spec: ModelSpec, hardware: Hardware, ask: Ask, settings: _Sett
     if settings.split:
         given = [(gpu, size) for gpu, size in zip(hardware.gpus, settings.split, strict=False) if size]
         shares, split = [_Share(gpu, 0) for gpu, _ in given], tuple(size for _, size in given)
-        reasons += _by_hand(shares, parts, split, split_constants(spec, context), kv, fixed)
+        missing = _by_hand(shares, parts, split, split_constants(spec, context), kv, fixed)
+        reasons += (f"parallel.gpu_split={[float(f'{s:g}') for s in settings.split]} {text}" for text in missing)
     else:
         shares, split = _automatic(hardware.gpus, parts, kv, fixed), ()
     gpus = tuple(
@@ -299,9 +300,8 @@ def _by_hand(
                 weights, rest = (sum(p.footprint for p in some) for some in (parts, parts[number:]))
                 missing = math.ceil((rest + wants + fixed_attention - left[at]) / GIB * 100) / 100
                 return [
-                    f"parallel.gpu_split={[float(f'{s:g}') for s in split]} has no room for the weights "
-                    f"({weights / GIB:.2f} GiB) and the scratch of each GPU: {missing:.2f} GiB are "
-                    "missing"
+                    f"has no room for the weights ({weights / GIB:.2f} GiB) and the scratch of each GPU: "
+                    f"{missing:.2f} GiB are missing"
                 ]
             at += 1
         scratch[at], reserved[at] = wants, fixed_attention

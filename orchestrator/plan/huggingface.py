@@ -134,11 +134,19 @@ def _kinds(spec: ModelSpec) -> tuple[tuple[SpecTensor, int], ...]:
 def scratch_bytes(spec: ModelSpec, ask: Ask | Candidate, sequences: int, context: int) -> int:
     """What one prefill of so many sequences of `context` tokens holds beside weights and cache.
 
+    That of its layers, and at the end float32 logits of each sequence's last position, twice.
+    """
+    return _prefill(spec, ask, sequences, context) + 2 * sequences * spec.vocab * 4
+
+
+def _prefill(spec: ModelSpec, ask: Ask | Candidate, sequences: int, context: int) -> int:
+    """What the layers hold.
+
     Of a token, in elements: in the MLP four hidden states and what `mlp_elements` counts; in attention two hidden
-    states, the queries, their answers, and keys and values as many as queries. Attention masks, of a byte for each
-    pair of positions, where prompts are unequally long or a window is smaller than they are; attention makes them
-    numbers, and pads those. int8 adds a linear's input in bytes and its output in int32; 4 bit a linear dequantized;
-    at the end there are float32 logits of each sequence's last position, twice. A tenth more for the allocator's gaps.
+    states, the queries, their answers, keys and values, and those once more for every query; cosines and sines.
+    Attention masks, of a byte for each pair of positions, where prompts are unequally long or a window is smaller than
+    they are; attention makes them numbers, and pads those. int8 adds a linear's input in bytes and its output in int32;
+    4 bit a linear dequantized. A tenth more for the allocator's gaps.
 
     The figures are those of Llamas on an H200 (benchmarks/results/plan_accuracy.json): without masks, 119,300 bytes a
     token of an 8B in 16 bits, where this says 119,296, and 181,000 in int8, where this says 180,736.
@@ -149,14 +157,14 @@ def scratch_bytes(spec: ModelSpec, ask: Ask | Candidate, sequences: int, context
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     mask = _masks(spec, sequences, context) * sequences * context**2
     mlp = mask + tokens * (4 * spec.hidden + spec.mlp_elements + always) * size
-    if ask.method in ("nf4", "fp4"):  # beside two of the MLP's three rows
-        mlp = max(mlp, mlp - tokens * spec.intermediate * size + _largest_linear(spec) * size)
     attention = mask + tokens * (2 * spec.hidden + 4 * queries + 2 * keys + always) * size
+    if ask.method in ("nf4", "fp4"):
+        mlp = max(mlp, mlp - tokens * spec.intermediate * size + _largest_linear(spec) * size)  # beside two of its rows
+        attention += spec.hidden * queries * size
     if mask:
         attention += sequences * context**2 * 2 * size
     int8 = tokens * (4 * _widest_linear(spec) + spec.hidden) if ask.method == "int8" else 0
-    logits = 2 * sequences * spec.vocab * 4
-    return math.ceil(GAPS * (max(mlp, attention) + int8)) + logits
+    return math.ceil(GAPS * (max(mlp, attention) + int8))
 
 
 def _masks(spec: ModelSpec, sequences: int, context: int) -> int:
@@ -183,8 +191,10 @@ def at_use(spec: ModelSpec, plan: Candidate, held: Held) -> dict[str, int]:
     Of the cache the share of its tokens, of the scratch that of their prompts, which are taken for equally long.
     """
     prompt = held.prompt_tokens // max(1, held.sequences)
-    unused = scratch_bytes(spec, plan, plan.max_in_flight, plan.max_context)
-    unused = max(0, unused - scratch_bytes(spec, plan, held.sequences, prompt))
+    used = scratch_bytes(spec, plan, held.sequences, prompt)
+    if plan.offloads:  # the head comes for every token
+        used = max(used, _moved(spec, plan.dtype, plan.disk is not None)[-1])
+    unused = max(0, scratch_bytes(spec, plan, plan.max_in_flight, plan.max_context) - used)
     room = plan.max_in_flight * plan.max_context
     return {
         device.device: device.total - unused - device.kv_cache * max(0, room - held.tokens) // room
@@ -289,7 +299,7 @@ def _offloaded(spec: ModelSpec, hardware: Hardware, ask: Ask, offload: Offload, 
     if offload.folder is not None:
         stores["disk"] = disk_room(offload.folder)
     room = {device: size - runtime - scratch for device, size in free.items()}
-    found = spread(_pieces(spec, ask, context, scratch, "disk" in stores), room, stores)
+    found = spread(_pieces(spec, ask, context, "disk" in stores), room, stores)
     if found is None:
         return None
     computing = tuple(
@@ -326,13 +336,13 @@ def _offloaded(spec: ModelSpec, hardware: Hardware, ask: Ask, offload: Offload, 
     )
 
 
-def _pieces(spec: ModelSpec, ask: Ask, context: int, scratch: int, from_disk: bool) -> list[Piece]:
+def _pieces(spec: ModelSpec, ask: Ask, context: int, from_disk: bool) -> list[Piece]:
     """The units as they are where they compute, where they are offloaded (never quantized), and in the files."""
     away, stored = units(spec, replace(ask, method="none")), units(spec, ask, stored=True)
     *layers, head = _moved(spec, ask.dtype, from_disk)
-    # The head comes when the layers' scratch is free again, but for two hidden states of each token.
+    # The head comes when what the layers hold is free again, but for two hidden states of each token.
     hidden = 2 * ask.max_in_flight * context * spec.hidden * DTYPE_BYTES[ask.dtype]
-    moved = (*layers, max(0, head + hidden - scratch))
+    moved = (*layers, max(0, head + hidden - _prefill(spec, ask, ask.max_in_flight, context)))
     return [
         Piece(u.modules, u.weights, a.weights, s.weights, u.kv_per_token * context * ask.max_in_flight, m)
         for u, a, s, m in zip(units(spec, ask), away, stored, moved, strict=True)
@@ -347,15 +357,16 @@ def _moved(spec: ModelSpec, dtype: str, from_disk: bool) -> tuple[int, ...]:
     experts of a layer are one module in transformers 5.
     """
     sizes: list[Counter[str]] = [Counter() for _ in range(spec.layers + 2)]
+    copies = [0] * len(sizes)
     for tensor, count in _kinds(spec):
         before, experts, _ = tensor.name.partition(".experts.")
         module = before if experts else tensor.name.rsplit(".", 1)[0]
         size = math.prod(tensor.shape) * DTYPE_BYTES[dtype]
-        if from_disk and tensor.dtype != STORED[dtype]:
-            size += tensor.nbytes
         unit = tensor.layer + 1 if tensor.layer is not None else 0 if tensor.role == "embedding" else -1
         sizes[unit][module] += size * (count if experts else 1)
-    return tuple(max(unit.values(), default=0) for unit in sizes)
+        if from_disk and tensor.dtype != STORED[dtype]:
+            copies[unit] = max(copies[unit], tensor.nbytes)
+    return tuple(max(unit.values(), default=0) + copy for unit, copy in zip(sizes, copies, strict=True))
 
 
 def _too_little(found: Spread, offload: Offload) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from orchestrator.checkpoint.spec import ModelSpec
 from orchestrator.config import Config
 from orchestrator.engine.interpreters import require
 from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError
-from orchestrator.hardware import BF16, GIB, Hardware
+from orchestrator.hardware import BF16, Hardware
 from orchestrator.plan import offload
 from orchestrator.plan.asks import asks_of, known, none_loads, none_unmerged, nothing_matches
 from orchestrator.plan.changes import changes, smallest
@@ -86,12 +86,8 @@ def must_fit(plan: Plan, config: Config, spec: ModelSpec, hardware: Hardware) ->
         ways = "; or ".join(fast[:SAID]) + ("; or, slower, " if fast and slow else "") + "; or, slower, ".join(slow)
         raise DoesNotFitError(problem, f"What would fit: {ways}.")
     least = smallest(config, spec, hardware)
-    over = min(least.devices, key=lambda device: device.left)
-    raise DoesNotFitError(
-        problem,
-        f"Nothing that this version has would fit: {least.label} still needs {over.total / GIB:.2f} GiB on "
-        f"{over.device}, which has {over.capacity / GIB:.2f} GiB.",
-    )
+    why = "; ".join(least.reasons)
+    raise DoesNotFitError(problem, f"Nothing that this version has would fit, {least.label} neither: {why}.")
 
 
 def runnable(plan: Plan, config: Config, hardware: Hardware) -> tuple[Candidate, str]:

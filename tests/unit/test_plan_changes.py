@@ -177,8 +177,27 @@ def test_another_method_of_the_same_width(specs: dict[Llama, ModelSpec]) -> None
     plan = make_plan(composed(*argv, "model.max_context=4096"), specs[LLAMA_70B], cards(4, 19.5))
     assert not plan.chosen.fits
     [change] = [c for c in plan.changes if c.costs == "the method that was asked for"]
-    assert set(change.settings) == {"quant.method=auto", "quant.bits=8"}
+    assert change.settings == ("quant.method=auto",)
     assert (change.candidate.method, change.candidate.bits) == ("exl2", 8)
+
+
+def test_no_change_is_one_that_changes_nothing(specs: dict[Llama, ModelSpec]) -> None:
+    argv = ["backend=bitsandbytes", "quant.method=nf4", "quant.bits=4", "run.in_flight=64", "model.max_context=4096"]
+    plan = make_plan(composed(*argv), specs[LLAMA_7B], cards(1, 10))
+    assert not plan.chosen.fits
+    for change in plan.changes:
+        if change.costs == "the length of a conversation":
+            assert change.candidate.max_context < 4096
+        assert change.costs != "the method that was asked for" or change.candidate.method != "nf4"
+        assert change.costs != "precision" or change.candidate.bits < 4
+
+
+def test_of_a_card_with_nothing_left_nobody_knows_what_it_had(specs: dict[Llama, ModelSpec]) -> None:
+    none = tuple(replace(gpu, free=0) for gpu in cards(2).gpus)
+    plan = make_plan(
+        composed("quant.bits=4", "hardware.reserve_gib=22"), specs[LLAMA_70B], replace(cards(2), gpus=none)
+    )
+    assert not any("reserve_gib" in label for label in found(plan))
 
 
 def test_what_fits_has_no_changes(specs: dict[Llama, ModelSpec]) -> None:

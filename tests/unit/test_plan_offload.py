@@ -15,10 +15,11 @@ from small_models import LLAMA_7B, Llama
 
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
+from orchestrator.engine.in_flight import Held
 from orchestrator.errors import ConfigError, DoesNotFitError
 from orchestrator.hardware import GIB, MIB, Gpu, Hardware
 from orchestrator.plan import offload
-from orchestrator.plan.huggingface import CUDA_RUNTIME, HOST_RUNTIME
+from orchestrator.plan.huggingface import CUBLAS_WORKSPACE, CUDA_RUNTIME, HOST_RUNTIME, at_use
 from orchestrator.plan.planner import make_plan, must_fit
 from orchestrator.plan.ranking import why
 from orchestrator.plan.types import Candidate
@@ -102,11 +103,21 @@ def test_room_is_kept_for_what_is_brought_in(spec: ModelSpec) -> None:
     argv = ("quant.bits=16", "run.in_flight=1", "model.max_context=1024", "offload.cpu_gib=16")
     with_offload, without = (best(spec, cards(gib), *argv) for gib in (8, 80))
     plain = without.gpus[0].scratch
-    # The head comes when the layers' scratch is free again, but for two hidden states of each token.
-    assert with_offload.gpus[0].scratch - plain == max(LINEAR_16, EMBEDDING_16 + 2 * 1024 * 2 * 4096 - plain)
+    # The head comes when what the layers hold is free again, but for two hidden states of each token; the workspaces of
+    # cuBLAS and the logits are there beside it.
+    layers = plain - CUBLAS_WORKSPACE - 2 * 4 * 32_000
+    assert with_offload.gpus[0].scratch - plain == max(LINEAR_16, EMBEDDING_16 + 2 * 1024 * 2 * 4096 - layers)
     gpu = with_offload.gpus[0]
     assert gpu.runtime == CUDA_RUNTIME[""]
     assert gpu.capacity - gpu.total < LAYER_16  # no more is offloaded than has to be
+
+
+def test_a_short_run_brings_in_the_head_too(spec: ModelSpec) -> None:
+    chosen = best(spec, cards(12), "quant.bits=16", "run.in_flight=4", "model.max_context=2048", "offload.cpu_gib=16")
+    gpu = chosen.gpus[0]
+    assert chosen.offloads
+    used = at_use(spec, chosen, Held(1, 20, 40))["cuda:0"]
+    assert gpu.weights + gpu.runtime + CUBLAS_WORKSPACE + EMBEDDING_16 <= used < gpu.total
 
 
 def test_a_file_in_another_dtype_is_converted_where_it_computes(tmp_path: Path) -> None:
@@ -117,7 +128,8 @@ def test_a_file_in_another_dtype_is_converted_where_it_computes(tmp_path: Path) 
         model_spec(open_checkpoint(folder)), cards(80), "backend=transformers", "quant.bits=16", "run.in_flight=1"
     )
     assert chosen.max_in_flight == 1
-    head = 3 * EMBEDDING_16 + 2 * 4096 * 2 * 4096 - plain.gpus[0].scratch  # in 32 bits as well
+    layers = plain.gpus[0].scratch - CUBLAS_WORKSPACE - 2 * 4 * 32_000
+    head = 3 * EMBEDDING_16 + 2 * 4096 * 2 * 4096 - layers  # in 32 bits as well
     assert chosen.gpus[0].scratch - plain.gpus[0].scratch == max(3 * LINEAR_16, head)
 
 

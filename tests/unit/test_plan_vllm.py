@@ -83,6 +83,14 @@ def test_the_roomiest_cards_are_taken(
     assert [gpu.device for gpu in chosen.gpus] == used
 
 
+def test_of_unequal_cards_the_smallest_share_is_everyones(specs: dict[Llama, ModelSpec]) -> None:
+    """vLLM has one gpu_memory_utilization: with 20 GiB of 80, a card of 24 gives 6."""
+    capped = tuple(Gpu(i, "card", int(gib * GIB), 20 * GIB - 450 * MIB, (8, 6)) for i, gib in enumerate((24, 80)))
+    chosen = vllm(specs[LLAMA_7B], replace(cards(2), gpus=capped), "quant.bits=16", "parallel.tensor=2")
+    assert not chosen.fits
+    assert chosen.gpus[0].capacity < 7 * GIB < chosen.gpus[1].capacity
+
+
 # Weights
 
 

@@ -331,7 +331,7 @@ def test_16_bits_over_cards_in_vllm(
         assert gpu.weights == pytest.approx(2 * PUBLISHED[name][1] / cards, rel=0.002)
     size = {"24gb": 24, "40gb": 40, "80gb": 79.6}[profile.split("x")[1]]  # GiB: an H100 has 81,559 MiB
     # MiB: driver, CUDA context, kernels, NCCL, CUDA graphs
-    kept = 450 + 700 + 640 + (900 + 256 if cards > 1 else 0) + 160 * PUBLISHED[name][0]["hidden_size"] / 1024
+    kept = 450 + 700 + 680 + (900 + 256 if cards > 1 else 0) + 168 * PUBLISHED[name][0]["hidden_size"] / 1024
     left = size * GIB - kept * MIB - 2 * PUBLISHED[name][1] / cards
     step = 200_000 * (8192 if size > 70 else 2048)  # at most 0.2 MB for each token of one
     token = PUBLISHED[name][0]["num_hidden_layers"] * 2 * 2 * kv_width(name) / cards
