@@ -709,7 +709,9 @@ def main() -> None:
         return
     out, work = arguments.out.resolve(), arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    keep(out, "environment", environment())
+    here = environment()
+    if len((kept(out, "environment") or {"gpus": []})["gpus"]) <= len(here["gpus"]):  # of the parts, that with the most
+        keep(out, "environment", here)
     limit(arguments.minutes)
     try:
         match arguments.command:

@@ -2,13 +2,13 @@
 
     plan_accuracy.py run OUT WORK [--only TEXT ...] [--tiny] [--resume] [--minutes N] [--case-minutes N]
     plan_accuracy.py list [--tiny]
-    plan_accuracy.py report OUT ...
+    plan_accuracy.py report OUT ... [--into NAME]
 
 `run` appends one line of JSON a case to OUT/cases.jsonl as soon as it is over, models stay in WORK. `--only` takes the
 cases whose name matches one of these patterns, `*` being anything; `--minutes` starts no case after so many; `--resume`
 skips those that are done. Runs may go side by side, each with an OUT of its own: memory is counted for each process.
 `--tiny` is a small model on this machine's CPU: it proves the way, and its numbers mean nothing. `report` prints the
-table and writes results/plan_accuracy.json.
+table and writes results/NAME.json, which is plan_accuracy.json unless NAME says otherwise.
 
 A case: the engine loads a made-up model as it was planned, then answers as many prompts at once as the plan has in
 flight, each a few tokens short of the context. Measured is the most that its processes held on each GPU at any time,
@@ -377,7 +377,7 @@ def _share(part: int, whole: int) -> str:
     return f"{part} of {whole} ({100 * part / whole:.0f}%)"
 
 
-def report(outs: Sequence[Path]) -> None:
+def report(outs: Sequence[Path], into: str = "plan_accuracy") -> None:
     """Prints everything that was measured, and keeps it. Of a case that several runs have, the last one's counts."""
     found = {case: record for out in outs for case, record in read(out).items()}
     measured = [record for record in found.values() if "error" not in record and record["fits"]]
@@ -387,7 +387,7 @@ def report(outs: Sequence[Path]) -> None:
     kept = [{key: value for key, value in r.items() if key != "traceback"} for r in found.values()]
     places = [json.loads((out / "environment.json").read_text(encoding="utf-8")) for out in outs]
     where = places[-1] | {"versions": {k: v for place in places for k, v in place["versions"].items()}}
-    print(save("plan_accuracy", {"rows": rows, "left_out": left_out, "cases": kept}, where))
+    print(save(into, {"table": lines, "rows": rows, "left_out": left_out, "cases": kept}, where))
 
 
 def main() -> None:
@@ -403,7 +403,9 @@ def main() -> None:
     listing = commands.add_parser("list")
     for command in (running, listing):
         command.add_argument("--tiny", action="store_true")
-    commands.add_parser("report").add_argument("outs", nargs="+", type=Path)
+    reporting = commands.add_parser("report")
+    reporting.add_argument("outs", nargs="+", type=Path)
+    reporting.add_argument("--into", default="plan_accuracy")
     arguments = parser.parse_args()
     match arguments.command:
         case "run":
@@ -411,7 +413,7 @@ def main() -> None:
         case "list":
             print("\n".join(case.name for case in cases(arguments.tiny)))
         case "report":
-            report(arguments.outs)
+            report(arguments.outs, arguments.into)
 
 
 if __name__ == "__main__":

@@ -280,11 +280,11 @@ def _everything(config: Config, hardware: Hardware) -> Iterator[Try]:
     yield _one_in_flight(config, {**free, "quant.bits": WIDTHS[-1], "cache.bits": CACHE_BITS[-1]}), hardware
 
 
-def _and_one_in_flight(config: Config, changes: list[dict[str, Any]]) -> Iterator[Config]:
+def _and_one_in_flight(config: Config, tried: list[dict[str, Any]]) -> Iterator[Config]:
     """Each with the sequences in flight that were asked for; then each with one."""
-    yield from (changed(config, change) for change in changes)
+    yield from (changed(config, change) for change in tried)
     if (config.run.in_flight or 1) > 1:
-        yield from (_one_in_flight(config, change) for change in changes)
+        yield from (_one_in_flight(config, change) for change in tried)
 
 
 def _one_in_flight(config: Config, more: dict[str, Any]) -> Config:

@@ -201,6 +201,38 @@ def test_a_command_is_killed_at_its_moment_with_its_whole_group(tmp_path: Path) 
         depth.killed_after([sys.executable, "-c", "raise SystemExit(3)"], 30, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("part", "launcher", "count", "said"),
+    [
+        ("in-turn", True, 1, ["-m", "quant.bits=4,6,8", "hardware.gpus=[0]"]),
+        ("one", True, 1, ["-m", "quant.bits=4,6,8", "hardware.gpus=[0]", "hydra/launcher=joblib"]),
+        ("one", False, 3, ["quant.bits=4", "hardware.gpus=[0]"]),
+        ("two", False, 3, ["quant.bits=4", "hardware.gpus=[0,1]"]),
+    ],
+)
+def test_all_widths_by_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, launcher: bool, count: int, said: list[str]
+) -> None:
+    ran: list[list[str]] = []
+
+    def finished(commands: list[list[str]], log: Path) -> float:
+        ran.extend(commands)
+        for name in ("measurement-1", *(f"exl2-{bits}" for bits in depth.WIDTHS)):
+            (log.parent / "artifacts" / name).mkdir(parents=True)
+            (log.parent / "artifacts" / name / "manifest.json").write_text('{"seconds": 7}')
+        return 20.0
+
+    monkeypatch.setattr(depth, "finished", finished)
+    monkeypatch.setattr(depth.importlib.util, "find_spec", lambda name: object() if launcher else None)
+    found = depth.together(tmp_path / "model", tmp_path / "sweep", part)
+    assert (found["seconds"], len(found["stages"]), len(ran)) == (20.0, 4, count)
+    assert set(said) <= set(ran[0])
+    assert ("-m" in said, "hydra/launcher=joblib" in said) == (
+        ran[0].count("-m") == 2,
+        "hydra/launcher=joblib" in ran[0],
+    )
+
+
 # The report
 
 
@@ -288,7 +320,7 @@ def test_the_numbers_of_the_report() -> None:
     rows = readme_tables.depth_rows(found)
     speeds = ["0.980, 0.98 to 0.98", "0.985, 0.95 to 1.00"]
     assert [row[3] for row in rows] == ["0.80", "0.65", "0.52", *speeds, "0.40", "", ""]
-    assert rows[-2][1:3] == ["1 of 2", "1 of 1 that was only repeated"]
+    assert rows[-2][1:] == ["1 of 2", "1 of 1 that was only repeated", "", "all, or the engine explains it"]
     assert rows[-1][1:3] == ["0.2, 0.205", "0.2, 0.21 of those that were not"]
     assert {len(row) for row in rows} == {5}
     (loaded,) = readme_tables.big_rows(found)

@@ -244,6 +244,7 @@ def test_the_report_is_kept(
     out = capsys.readouterr().out
     assert "a: cuda:0 planned 10,240 MiB, measured 10,240 by process" in out
     assert "| all | 1 | 1 of 1 (100%)" in out
+    assert saved["table"][-1].startswith("| all | 1 | 1 of 1 (100%)")
     assert saved["left_out"] == {"b": "lost", "c": ["too small"]}
     assert saved["rows"]["all"]["right"] == 1
     assert saved["where"] == {"gpus": ["H200"], "versions": {f"engine {number}": "1" for number in range(3)}}
