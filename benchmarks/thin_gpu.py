@@ -492,13 +492,14 @@ def bare_vllm(given: dict[str, Any]) -> Callable[[int, int], float]:
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from orchestrator.backends.vllm_rules import batched_tokens, utilization
+    from orchestrator.backends.vllm_rules import batched_tokens, cuda_runtime, utilization
 
     # The same memory and the same tokens per step as ours, or the two would not do the same work.
     total = torch.cuda.get_device_properties(0).total_memory
     capacity = given["memory"] or total
+    runtime = cuda_runtime(given["tensor"], 1, given["in_flight"], given["engine_args"])
     extra = {
-        "gpu_memory_utilization": utilization(capacity, total, given["tensor"]),
+        "gpu_memory_utilization": utilization(capacity, total, runtime),
         "max_num_batched_tokens": max(batched_tokens(capacity), given["in_flight"]),
         **given["engine_args"],
     }

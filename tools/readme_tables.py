@@ -248,7 +248,7 @@ def depth_rows(found: dict[str, Any]) -> list[list[str]]:
         repeated = f"{int(kill['uninterrupted_equal'] or 0)} of 1 that was only repeated"
         bound = "all, or the engine explains it"
         rows.append([label, f"{kill['equal']} of {kill['killed']}", repeated, "", bound])
-        kl = {name: f"{value:.3g}" for name, value in kill["kl"].items()}
+        kl = {name: f"{value:.3f}" for name, value in kill["kl"].items()}
         if resumed := [value for name, value in kl.items() if name not in ("whole", "again")]:
             others = [kl[name] for name in ("whole", "again") if name in kl]
             rows.append(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.backends.protocol import Delta, Event, Failed, Finished, LoadPlan, Request, Score, Stats
-from orchestrator.backends.vllm_rules import batched_tokens, thread_binding, utilization
+from orchestrator.backends.vllm_rules import batched_tokens, cuda_runtime, thread_binding, utilization
 from orchestrator.errors import EngineError, OrchestratorError, OutOfMemoryError
 
 _T = TypeVar("_T")
@@ -532,11 +532,12 @@ def _gpu_arguments(plan: LoadPlan) -> dict[str, Any]:
     """The shares of the GPUs: of the smallest one, as vLLM has one number for all."""
     from vllm.platforms import current_platform
 
+    runtime = cuda_runtime(plan.tensor_parallel, plan.pipeline_parallel, plan.max_in_flight, plan.engine_args)
     shares, capacities = [], []
     for index, device in enumerate(plan.weights):
         total = current_platform.get_device_total_memory(index)
         capacities.append(plan.memory.get(device, total))
-        shares.append(utilization(capacities[-1], total, _world(plan)))
+        shares.append(utilization(capacities[-1], total, runtime))
     tokens = max(batched_tokens(min(capacities)), plan.max_in_flight)
     several = {"distributed_executor_backend": "mp"} if _world(plan) > 1 else {}
     return {"gpu_memory_utilization": min(shares), "max_num_batched_tokens": tokens, **several}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -12,11 +13,20 @@ LARGE_CARD = 70 * GIB  # from here on vLLM batches more tokens per step
 # Outside of what vLLM counts: the CUDA context, and for several GPUs NCCL's buffers, both there before it looks.
 CUDA_CONTEXT = 700 * MIB
 NCCL = 900 * MIB
+# NCCL's channels between pipeline stages are made at the first token that is sent, when the cache has its share.
+NCCL_STAGES = 960 * MIB
+# And CUDA graphs, captured when the cache has its share: 80 MiB for 2 in flight, 440 for 256 (a 1B and an 8B, 0.26).
+GRAPHS = 80 * MIB
+GRAPHS_IN_FLIGHT = 3 * MIB // 2
+MOST_GRAPHS_IN_FLIGHT = 256  # vLLM captures steps of up to twice as many tokens
 
 
-def cuda_runtime(world: int) -> int:
-    """Bytes on each GPU that vLLM's own accounting does not see."""
-    return CUDA_CONTEXT + (NCCL if world > 1 else 0)
+def cuda_runtime(tensor: int, pipeline: int, in_flight: int, engine_args: Mapping[str, Any]) -> int:
+    """Bytes on each GPU that vLLM's own accounting does not see (benchmarks/results/tests_gpu_two_gpus.json)."""
+    together = NCCL if tensor * pipeline > 1 else 0
+    stages = NCCL_STAGES if pipeline > 1 else 0
+    graphs = GRAPHS + GRAPHS_IN_FLIGHT * min(in_flight, MOST_GRAPHS_IN_FLIGHT)
+    return CUDA_CONTEXT + together + stages + (0 if engine_args.get("enforce_eager") else graphs)
 
 
 def batched_tokens(capacity: int) -> int:
@@ -24,13 +34,13 @@ def batched_tokens(capacity: int) -> int:
     return 8192 if capacity >= LARGE_CARD else 2048
 
 
-def utilization(capacity: int, total: int, world: int) -> float:
+def utilization(capacity: int, total: int, runtime: int) -> float:
     """gpu_memory_utilization with which everything on the card stays within `capacity` bytes of its `total`.
 
-    vLLM asks for total * utilization and needs that much free when it starts. Rounded down: 1e-6 of 140 GiB is
-    150 KB.
+    vLLM asks for total * utilization and needs that much free when it starts; the `runtime` (cuda_runtime) comes on
+    top. Rounded down: 1e-6 of 140 GiB is 150 KB.
     """
-    share = (capacity - cuda_runtime(world)) / total
+    share = (capacity - runtime) / total
     return max(0.0, int(share * 1e6) / 1e6)
 
 

