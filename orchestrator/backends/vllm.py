@@ -55,6 +55,9 @@ _STARTS = 3  # at most: a neighbour may end again
 _ALONE = "Run it again once they have ended, or on another GPU (hardware.gpus)"
 _KILLED = "The kernel may have run out of memory (dmesg tells)"
 _LESS = "Ask for less: model.max_context, run.in_flight, or free memory on the device"
+# It also takes what others take of the GPU meanwhile for its own.
+_SQUEEZED = re.compile(r"No available memory for the cache|To serve at least one request", re.IGNORECASE)
+_MEANWHILE = "; if another program was starting on the same GPU, run it again"
 _MEMORY = re.compile(
     r"is less than desired (?:GPU|CPU) memory|No available memory for the cache|To serve at least one request"
     r"|is less than requested memory for kv|out of memory",
@@ -186,7 +189,7 @@ class VllmEngine:
         traceback.print_exception(error)  # all of it, for the log
         reason = self._reason(error)
         if _MEMORY.search(reason):
-            return OutOfMemoryError(_ADVICE.split(reason)[0], _LESS)
+            return OutOfMemoryError(_ADVICE.split(reason)[0], _LESS + (_MEANWHILE if _SQUEEZED.search(reason) else ""))
         if _NEIGHBOUR.search(reason):
             return EngineError("other programs gave GPU memory back while vLLM measured what is free", _ALONE)
         return EngineError(reason, _KILLED if isinstance(error, ProcessEndedError) else "")

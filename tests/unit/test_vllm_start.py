@@ -48,3 +48,12 @@ def test_a_neighbour_that_never_ends_is_told_with_what_to_do() -> None:
     told = VllmEngine()._failure(RuntimeError(NEIGHBOUR))
     assert "gave GPU memory back while vLLM measured" in told.message
     assert "hardware.gpus" in told.hint
+
+
+def test_a_neighbour_that_took_the_cache_is_told_too() -> None:
+    """What a neighbour takes while vLLM measures is counted as vLLM's: an 8B had -0.03 GiB left for its cache so."""
+    engine = VllmEngine()
+    squeezed = engine._failure(RuntimeError("ValueError: No available memory for the cache blocks. Try increasing `x`"))
+    assert "starting on the same GPU, run it again" in squeezed.hint
+    full = engine._failure(RuntimeError("ValueError: Free memory on device is less than desired GPU memory utilization"))
+    assert "again" not in full.hint
