@@ -55,5 +55,5 @@ def test_a_neighbour_that_took_the_cache_is_told_too() -> None:
     engine = VllmEngine()
     squeezed = engine._failure(RuntimeError("ValueError: No available memory for the cache blocks. Try increasing `x`"))
     assert "starting on the same GPU, run it again" in squeezed.hint
-    full = engine._failure(RuntimeError("ValueError: Free memory on device is less than desired GPU memory utilization"))
+    full = engine._failure(RuntimeError("ValueError: Free memory on device is less than desired GPU memory"))
     assert "again" not in full.hint
