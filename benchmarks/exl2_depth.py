@@ -202,7 +202,7 @@ def sweep(out: Path, work: Path, only: Sequence[str], tiny: bool) -> None:
         elif part == "two" and len(visible()) < 2:
             keep(out, f"sweep-{part}", {"note": "there are no two GPUs"})
         else:
-            do(out, f"sweep-{part}", partial(together, model, folder, part))
+            do(out, f"sweep-{part}", partial(together, model, folder, part, [0, 1] if part == "two" else [0]))
 
 
 def separate(model: Path, folder: Path, bits: str) -> Result:
@@ -218,11 +218,11 @@ def separate(model: Path, folder: Path, bits: str) -> Result:
     return {"seconds": seconds, "bytes": made.stat().st_size}
 
 
-def together(model: Path, folder: Path, part: str) -> Result:
+def together(model: Path, folder: Path, part: str, gpus: Sequence[int]) -> Result:
     """All widths by ours, with one measurement: the first that needs it makes it, and the others wait for it."""
     fresh(folder)
-    gpus = "hardware.gpus=[0,1]" if part == "two" else "hardware.gpus=[0]"
-    asked = ["task=convert", "backend=exllamav2", f"model.path={model}", gpus]
+    on = f"hardware.gpus=[{','.join(map(str, gpus))}]"
+    asked = ["task=convert", "backend=exllamav2", f"model.path={model}", on]
     every = ours(folder, "-m", *asked, width(*WIDTHS))
     if part == "in-turn":
         how, commands = "one process", [every]
@@ -433,7 +433,7 @@ def asked_for(work: Path, model: Path, part: str) -> Config:
 def largest(config: Config) -> int:
     """The longest context of one sequence, by the plan; 0 where the model does not fit."""
     chosen = look(config, planning=False).plan.chosen
-    return chosen.largest_context if chosen.fits else 0
+    return chosen.largest_context or 0 if chosen.fits else 0
 
 
 def on_two(work: Path, model: Path, part: str) -> Result:

@@ -67,6 +67,11 @@ def write_gptq(folder: Path, shape: Shape, context: int, bits: int, *, hollow: b
     return _write(folder, "model.safetensors", _gptq_tensors(shape, bits), config, shape.vocab, hollow)
 
 
+def gptq_bytes(shape: Shape, bits: int) -> int:
+    """Bytes of all tensors of such a model; nothing is written."""
+    return sum(map(_bytes, _gptq_tensors(shape, bits).values()))
+
+
 def _gptq_tensors(shape: Shape, bits: int) -> dict[str, Tensor]:
     words, half = _repeated(_random(np.uint32)), _repeated(_random(np.float16))
     zero = sum((2 ** (bits - 1) - 1) << at for at in range(0, 32, bits))  # a word of the codes of 0, less 1
