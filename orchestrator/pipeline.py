@@ -17,6 +17,8 @@ from orchestrator.checkpoint.adapter import Adapter
 from orchestrator.checkpoint.adapter import fingerprint as adapter_fingerprint
 from orchestrator.checkpoint.adapter_base import unpacked
 from orchestrator.checkpoint.adapter_unmerged import lora_size, lora_targets
+from orchestrator.checkpoint.architectures import layout_of
+from orchestrator.checkpoint.exl2_layout import check_exl2
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.checkpoint.folder import Checkpoint, fingerprint
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
@@ -24,6 +26,7 @@ from orchestrator.config import DEFAULT_SHARD, Config, folder, parse_size
 from orchestrator.errors import StageError
 from orchestrator.hub.locate import Located
 from orchestrator.plan.disk import Need, Part, output_need, store_need
+from orchestrator.plan.exl2_headers import check_planned
 from orchestrator.plan.types import Candidate
 from orchestrator.report.console import note, progress, size
 from orchestrator.report.merge import show_merge
@@ -160,8 +163,8 @@ def merged(config: Config, source: Source, run: RunFolder) -> Model:
     """The merged (or converted) safetensors of a request; its own files where they will do."""
     recipe = merge_recipe(config, source)
     if recipe is None:
-        if config.convert.verify and not source.unmerged:  # those were verified
-            note("convert.verify=true: nothing was converted or merged, so there is nothing to verify")
+        if config.convert.verify:
+            _verify_own(source, run)
         return Model(source.base.path)
     store = Store(folder(config.paths.artifacts))
     if (found := store.find(recipe)) is None:
@@ -237,10 +240,40 @@ def planned_spec(config: Config, source: Source) -> ModelSpec:
     """What the plan is of: the model that will be loaded, and the adapters on top of it. Headers alone are read.
 
     Raises:
-        CheckpointError: an unsupported architecture, or what cannot be merged, or run on top of the base.
+        CheckpointError: an unsupported architecture, or what cannot be merged, or run on top of the base; EXL2 files
+            that are damaged as far as headers tell.
     """
     loras = (lora_size(target) for adapter, _ in source.unmerged for target in lora_targets(adapter, source.base))
-    return replace(model_spec(loaded(config, source)), loras=tuple(loras))
+    model = loaded(config, source)
+    spec = model_spec(model)
+    if is_exl2(model):
+        check_planned(model, spec)
+    return replace(spec, loras=tuple(loras))
+
+
+def is_exl2(model: Checkpoint) -> bool:
+    """Whether config.json says that it is an EXL2 model."""
+    signed = model.config.get("quantization_config")
+    return isinstance(signed, dict) and signed.get("quant_method") == "exl2"
+
+
+def _verify_own(source: Source, run: RunFolder) -> None:
+    """Reads back what is loaded as it is (convert.verify): of EXL2 files it is known what they have to be.
+
+    Raises:
+        CheckpointError: what is wrong with them.
+    """
+    if is_exl2(source.base):
+        run.status("verifying")
+        if layout_of(source.base.config) is not None:  # else no engine is planned with it
+            check_planned(source.base, model_spec(source.base))
+        found = check_exl2(source.base.path)
+        note(
+            f"verified: {len(found.linears)} linears' parts, groups, order and scales; layers of {found.bits:.3f} bits "
+            f"per weight, a head of {found.head_bits:.3f}"
+        )
+    elif not source.unmerged:  # those were verified
+        note("convert.verify=true: nothing was converted or merged, so there is nothing to verify")
 
 
 def _verify(config: Config, source: Source, store: Store, artifact: Artifact, run: RunFolder) -> None:

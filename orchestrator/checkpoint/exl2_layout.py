@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,12 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 TOLERANCE = 0.01
 """Share by which real bits per weight may differ from those that are said."""
 
+_AGAIN = "Download the model again, or convert it anew."
+_WIDEST, _STEP, _LEAST = 8, 2, 3
+"""Bits per weight that the converter gives at most; by which two of its mixes for a block that follow each other
+differ at most; and below which a target may be missed in a small model, whose groups are a large part of its rows."""
+
+_BLOCK = re.compile(r"(.+\.\d+\.[^.]+)\.")  # a layer's attention, or its MLP with all its experts
 _HEAD = "lm_head"  # the only name that the converter knows for it
 _WORD = 32  # bits
 _ROOTS = 8  # roots of scales in a word
@@ -64,6 +71,11 @@ class Packed:
     @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.parts.values())
+
+    @property
+    def beside(self) -> int:
+        """Bytes that are stored beside the weights' own."""
+        return self.nbytes - self.parts["q_weight"].nbytes
 
     @property
     def bits(self) -> float:
@@ -113,9 +125,10 @@ def _packed(module: str, parts: dict[str, TensorInfo]) -> Packed:
     for part, dtype in PARTS.items():
         info = parts.get(part)
         if info is None:
-            raise CheckpointError(f"there is no {shown(module)}.{part}")
+            other = next(iter(parts.values()))
+            raise CheckpointError(f"{_file(other)}: there is no {shown(module)}.{part}", _AGAIN)
         if info.dtype != dtype:
-            raise CheckpointError(f"{shown(module)}.{part} is {info.dtype}, not {dtype}")
+            raise _wrong(info, f" is {info.dtype}, not {dtype}")
     rows, groups = parts["q_invperm"].parameters, parts["q_scale_max"].parameters
     words, columns = (*parts["q_weight"].shape, 0, 0)[:2]
     wanted = {
@@ -127,10 +140,19 @@ def _packed(module: str, parts: dict[str, TensorInfo]) -> Packed:
     }
     for part, shape in wanted.items():
         if parts[part].shape != shape:
-            raise CheckpointError(f"{shown(module)}.{part} has shape {list(parts[part].shape)}, not {list(shape)}")
+            raise _wrong(parts[part], f" has shape {list(parts[part].shape)}, not {list(shape)}")
     if not rows or not groups or columns % 32 or not WIDTHS[0] * rows <= words * _WORD <= WIDTHS[-1] * (rows + _WORD):
-        raise CheckpointError(f"{shown(module)}.q_weight has shape [{words}, {columns}], which {rows} rows cannot have")
+        raise _wrong(parts["q_weight"], f" has shape [{words}, {columns}], which {rows} rows cannot have")
     return Packed(module, rows, columns, groups, parts)
+
+
+def _wrong(info: TensorInfo, what: str) -> CheckpointError:
+    """The error for a tensor, named with its file; `what` is said after its name."""
+    return CheckpointError(f"{_file(info)}: {shown(info.name)}{what}", _AGAIN)
+
+
+def _file(info: TensorInfo) -> str:
+    return shown(info.file, 400)
 
 
 @dataclass(frozen=True)
@@ -155,12 +177,12 @@ def read_groups(linear: Packed) -> list[Group]:
         start, end = starts[index], starts[index + 1]
         last = index == linear.groups - 1
         if bits not in WIDTHS or start >= end or (index == 0 and start):
-            raise CheckpointError(f"{shown(linear.module)}.q_groups: group {index} is {bits} bits from row {start}")
+            raise _wrong(linear.parts["q_groups"], f": group {index} is {bits} bits from row {start}")
         rows = linear.rows - row if last else (end - start) * _WORD // bits
         if rows <= 0 or -(-rows * bits // _WORD) != end - start or (not last and rows * bits % _WORD):
-            raise CheckpointError(
-                f"{shown(linear.module)}.q_groups: group {index} has {end - start} rows of words for {rows} of {bits} "
-                f"bits, of {linear.rows} in all"
+            raise _wrong(
+                linear.parts["q_groups"],
+                f": group {index} has {end - start} rows of words for {rows} of {bits} bits, of {linear.rows} in all",
             )
         found.append(Group(bits, slice(row, row + rows), slice(start, end)))
         row += rows
@@ -178,11 +200,11 @@ def check_data(linear: Packed) -> None:
     read_groups(linear)
     order = _read(linear.parts["q_invperm"])
     if not np.array_equal(np.sort(order), np.arange(linear.rows, dtype=order.dtype)):
-        raise CheckpointError(f"{shown(linear.module)}.q_invperm is no order of {linear.rows} rows")
+        raise _wrong(linear.parts["q_invperm"], f" is no order of {linear.rows} rows")
     largest = _read(linear.parts["q_scale_max"]).view(np.float16)
     if not np.isfinite(largest).all():
         count = int((~np.isfinite(largest)).sum())
-        raise CheckpointError(f"{shown(linear.module)}.q_scale_max: {count} of {linear.groups} are not finite")
+        raise _wrong(linear.parts["q_scale_max"], f": {count} of {linear.groups} are not finite")
 
 
 def decode(linear: Packed) -> np.ndarray[Any, Any]:
@@ -238,23 +260,68 @@ def check_exl2(folder: Path, bits: float | None = None) -> Summary:
     """An EXL2 model's files: headers, groups, orders and scales, and whether it has the bits that it says.
 
     Args:
-        bits: that its layers are known to have; None: those of config.json.
+        bits: that its layers are known to have; None: those of config.json, as near as the converter comes to them.
 
     Raises:
         CheckpointError: what is wrong (named).
     """
     tensors = {info.name: info for info in _all_tensors(folder)}
-    linears = packed_linears(tensors)
     layers, head = stored_bits(tensors)
     said, said_head = _signature(folder)
-    wanted = said if bits is None else bits
-    if not math.isclose(layers, wanted, rel_tol=TOLERANCE):
-        raise CheckpointError(f"{shown(folder, 400)}: its layers have {layers:.3f} bits per weight, not {wanted:g}")
-    if head < said_head:
-        raise CheckpointError(f"{shown(folder, 400)}: its head has {head:.3f} bits per weight, not {said_head:g}")
+    if bits is not None and not math.isclose(layers, bits, rel_tol=TOLERANCE):
+        raise _other_bits(folder, layers, bits)
+    linears = check_headers(folder, tensors, said if bits is None else bits, said_head)
     for linear in linears.values():
         check_data(linear)
     return Summary(layers, head, {module: linear.bits for module, linear in linears.items()})
+
+
+def check_headers(
+    folder: Path, tensors: Mapping[str, TensorInfo], bits: float, head_bits: float = 0
+) -> dict[str, Packed]:
+    """Every quantized linear of a model, checked as far as headers go, with the bits that config.json says.
+
+    Args:
+        bits: per weight of the layers, as config.json says it: what the converter was asked for.
+        head_bits: the same of the head; 0: it says none.
+
+    Raises:
+        CheckpointError: what is wrong (named).
+    """
+    linears = packed_linears(tensors)
+    _check_layers(folder, [linear for linear in linears.values() if not _is_head(linear)], bits)
+    for head in filter(_is_head, linears.values()):
+        if head.bits < head_bits:
+            raise CheckpointError(
+                f"{shown(folder, 400)}: its head has {head.bits:.3f} bits per weight, not {head_bits:g}", _AGAIN
+            )
+    return linears
+
+
+def _check_layers(folder: Path, layers: list[Packed], said: float) -> None:
+    """Raises CheckpointError unless the layers can be what the converter gives for a target of `said` bits.
+
+    It stays below its target by less than the next mix of a block would add, which is much where there are few
+    blocks. Above it are only the least mixes. Some who sign a model by hand leave out what stands beside the weights.
+    """
+    weights = max(sum(linear.weights for linear in layers), 1)
+    blocks: dict[str, int] = {}
+    for linear in layers:
+        found = _BLOCK.match(linear.module)
+        block = found[1] if found else linear.module
+        blocks[block] = blocks.get(block, 0) + linear.weights
+    real, beside = mean_bits(layers), 8 * sum(linear.beside for linear in layers) / weights
+    low = min(said, _WIDEST) * (1 - TOLERANCE) - _STEP * max(blocks.values(), default=0) / weights
+    high = max(said, _LEAST) * (1 + TOLERANCE) + beside
+    if not low <= real <= high:
+        raise _other_bits(folder, real, said)
+
+
+def _other_bits(folder: Path, real: float, said: float) -> CheckpointError:
+    return CheckpointError(
+        f"{shown(folder, 400)}: its layers have {real:.3f} bits per weight, not {said:g}",
+        "Download the model again, or correct quantization_config in config.json.",
+    )
 
 
 def _all_tensors(folder: Path) -> Iterator[TensorInfo]:
@@ -268,6 +335,6 @@ def _signature(folder: Path) -> tuple[float, float]:
         signed = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
         if signed["quant_method"] != "exl2":
             raise ValueError(f"quant_method is {signed['quant_method']}")
-        return float(signed["bits"]), float(signed["head_bits"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return float(signed["bits"]), float(signed.get("head_bits") or 0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{shown(folder, 400)}/config.json does not say exl2's bits ({shown(error)})") from None

@@ -26,7 +26,7 @@ from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.architectures import layout_of
 from orchestrator.checkpoint.carry import written_config
 from orchestrator.checkpoint.config_values import ConfigValues
-from orchestrator.checkpoint.exl2_layout import TOLERANCE
+from orchestrator.checkpoint.exl2_layout import TOLERANCE, check_exl2
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.checkpoint.folder import Checkpoint, carried_files, fingerprint, open_checkpoint
 from orchestrator.checkpoint.positions import longest_context
@@ -36,7 +36,7 @@ from orchestrator.engine.cuda_build import require_build
 from orchestrator.engine.interpreters import require
 from orchestrator.errors import ConfigError, EngineUnavailableError, StageError
 from orchestrator.hardware import child_devices, nvml_gpus
-from orchestrator.pipeline import Model
+from orchestrator.pipeline import Model, is_exl2
 from orchestrator.plan.disk import Part
 from orchestrator.plan.exl2_sizes import head_file_bytes, pad32
 from orchestrator.plan.types import Candidate
@@ -100,6 +100,8 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
     if source.quantized or chosen.method != "exl2":
         _check_rope(source)
         _check_scaling(source.config, source.path, chosen.max_context)
+        if is_exl2(source) and not config.convert.verify:  # which looks at the same, and says so
+            check_exl2(source.path)  # all but the weights: seconds at most, before minutes of loading
         return model  # loaded as it is
     _check_scaling(written_config(source.config, ""), source.path, chosen.max_context)
     length = _length(config, source)

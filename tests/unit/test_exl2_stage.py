@@ -14,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from exl2_bench import GPU, SHAPE, TESTS, Bench, make_bench
-from exl2_models import measurement, write_exl2
+from exl2_models import exl2_arrays, measurement, write_exl2
 from small_models import Llama, write_adapter, write_headers
 
 from orchestrator.artifacts import Built, Recipe, Store
@@ -25,7 +26,7 @@ from orchestrator.checkpoint.adapter import open_adapter
 from orchestrator.checkpoint.digest import digest
 from orchestrator.checkpoint.folder import fingerprint, open_checkpoint
 from orchestrator.errors import CheckpointError, ConfigError, DoesNotFitError, EngineUnavailableError, StageError
-from orchestrator.pipeline import Model, Source, disk_needs, prepare
+from orchestrator.pipeline import Model, Source, disk_needs, merged, prepare
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages import converter, exl2
 from orchestrator.stages.exl2_log import overflow
@@ -305,6 +306,45 @@ def test_verify_looks_into_the_files(bench: Bench, capsys: pytest.CaptureFixture
     assert f"{artifact.name}: {model.path}: its layers have 4.9" in capsys.readouterr().out
     with pytest.raises(StageError, match=r"is damaged: .*its layers have 4\.9\d+ bits per weight, not 3\.9"):
         bench.quantize(4.0, "convert.verify=true")
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("q_invperm", np.zeros(128, np.int32), "q_invperm is no order of 128 rows"),
+        ("q_groups", np.array([4, 0, 7, 4, 4, 8, 4, 12], np.int16), "q_groups: group 1 is 7 bits from row 4"),
+        ("q_scale_max", np.full(4, np.inf, np.float16), "q_scale_max: 4 of 4 are not finite"),
+        ("q_scale", ("I32", (1, 8)), r"q_scale has shape \[1, 8\], not \[4, 32\]"),
+    ],
+)
+def test_a_folder_of_the_users_is_looked_at_before_it_is_loaded(
+    bench: Bench, part: str, value: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    up = "model.layers.1.mlp.up_proj"
+    linear = {f"{up}.{name}": array for name, array in exl2_arrays((256, 128), [(32, 4)] * 4).items()}
+    good = write_exl2(bench.folder / "good", SHAPE, changed=linear)
+    bad = write_exl2(bench.folder / "bad", SHAPE, changed=linear | {f"{up}.{part}": value})
+    chosen = bench.chosen(4.0)
+    for options in ((), ("convert.verify=true",)):
+        model = prepare(bench.config(*options), Source(open_checkpoint(good)), chosen, bench.run)
+        assert (model.path, model.artifacts) == (good, ())
+        with pytest.raises(CheckpointError, match=rf"bad/output\.safetensors: {up}\.{message}"):
+            prepare(bench.config(*options), Source(open_checkpoint(bad)), chosen, bench.run)
+    said = capsys.readouterr().err
+    assert said.count("verified: 15 linears' parts, groups, order and scales; layers of 4.") == 1
+    assert "nothing to verify" not in said
+
+
+def test_verify_compares_a_folder_with_its_config(bench: Bench) -> None:
+    """Without a plan, too: every linear is whole, and one has other rows than the others say."""
+    other = exl2_arrays((256, 256), [(32, 4)] * 8)
+    folder = write_exl2(
+        bench.folder / "m", SHAPE, changed={f"model.layers.1.mlp.up_proj.{n}": a for n, a in other.items()}
+    )
+    with pytest.raises(
+        CheckpointError, match=r"up_proj\.q_weight is of 256 inputs and 256 outputs, and .* 128 and 256"
+    ):
+        merged(bench.config("convert.verify=true"), Source(open_checkpoint(folder)), bench.run)
 
 
 def test_a_model_that_is_not_whole(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from composing import composed
-from exl2_models import write_exl2
+from exl2_models import exl2_arrays, write_exl2
 from packed_models import PACK, SIZES, tensors_of, write_packed
 from small_models import LLAMA_70B, Llama, write_headers
 
+from orchestrator.checkpoint.exl2_layout import check_exl2
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.safetensors_header import read_safetensors_header
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
 from orchestrator.errors import CheckpointError, ConfigError, DoesNotFitError, EngineUnavailableError, RequestError
 from orchestrator.hardware import GIB, MIB, Gpu, Hardware
+from orchestrator.pipeline import Source, planned_spec
 from orchestrator.plan.planner import make_plan, must_fit, runnable
 from orchestrator.plan.types import Candidate, Plan
 
@@ -345,6 +348,65 @@ def test_a_linear_of_which_nothing_is_there(tmp_path: Path) -> None:
 def test_exl2_bits_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"bits is True, not a number"):
         planned(write_exl2(tmp_path, SHAPE, signed={"bits": True}), cards(1))
+
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+def exl2_spec(folder: Path) -> ModelSpec:
+    return planned_spec(composed(f"model.path={folder}"), Source(open_checkpoint(folder)))
+
+
+def up_proj(rows: int, out: int = 1024) -> dict[str, Any]:
+    """Another up_proj, of groups of 32 rows of 4 bits."""
+    return {f"{UP}.{part}": array for part, array in exl2_arrays((out, rows), [(32, 4)] * (rows // 32)).items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"changed": {f"{UP}.q_groups": ("I32", (32,))}}, rf"output\.safetensors: {UP}\.q_groups is I32, not I16"),
+        ({"changed": {f"{UP}.q_scale": ("I32", (1, 8))}}, rf"{UP}\.q_scale has shape \[1, 8\], not \[16, 128\]"),
+        ({"changed": {f"{UP}.q_weight": ("I32", (8, 1024))}}, rf"{UP}\.q_weight has shape .* 512 rows cannot have"),
+        ({"changed": up_proj(256)}, rf"{UP}\.q_weight is of 256 inputs and 1024 outputs, and .* say 512 and 1024"),
+        ({"changed": up_proj(512, 512)}, rf"{UP}\.q_weight is of 512 inputs and 512 outputs, and .* 512 and 1024"),
+        ({"leave_out": f"{UP}.q_scale_max"}, rf"output\.safetensors: there is no {UP}\.q_scale_max"),
+        ({"bits": 8, "signed": {"bits": 4.0}}, r"its layers have 7\.99\d bits per weight, not 4"),
+        ({"bits": 3, "signed": {"bits": 4.0}}, r"its layers have 2\.99\d bits per weight, not 4"),
+        ({"head_bits": 4, "signed": {"head_bits": 8}}, r"its head has 4\.\d+ bits per weight, not 8"),
+    ],
+)
+def test_a_damaged_exl2_folder_is_not_planned(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    assert exl2_spec(write_exl2(tmp_path / "good", SHAPE)).layers == 2
+    with pytest.raises(CheckpointError, match=message) as caught:
+        exl2_spec(write_exl2(tmp_path / "bad", SHAPE, **change))
+    assert "ownload the model again" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("bits", "signed"),
+    [
+        (4, {"bits": 4.4}),  # of two layers: a step of a block is a third of a bit
+        (8, {"bits": 8.5}),  # nothing is wider
+        (2.5, {"bits": 2.0}),  # nothing is less
+        (4, {"bits": 3.9}),  # by hand: what stands beside the weights left out
+        (4, {"head_bits": None}),
+    ],
+)
+def test_what_the_converter_or_a_hand_may_sign(tmp_path: Path, bits: float, signed: dict[str, Any]) -> None:
+    folder = write_exl2(tmp_path, SHAPE, bits, signed=signed)
+    assert exl2_spec(folder).layers == 2
+    assert check_exl2(folder).bits == pytest.approx(bits, rel=0.01)
+
+
+def test_a_hollow_exl2_folder_is_planned(tmp_path: Path) -> None:
+    file = write_exl2(tmp_path, SHAPE) / "output.safetensors"
+    size, header = file.stat().st_size, 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    os.truncate(file, header)
+    os.truncate(file, size)
+    assert exl2_spec(tmp_path).layers == 2  # headers alone are read
+    with pytest.raises(CheckpointError, match=r"q_groups: group 0 is 0 bits"):
+        check_exl2(tmp_path)
 
 
 # GPTQ as a plan

@@ -518,7 +518,7 @@ def test_on_top_of_another_format_it_is_refused(tmp_path: Path, method: str) -> 
 
 @pytest.mark.parametrize(
     ("leave_out", "said"),
-    [("model.norm.weight", "model.norm.weight is missing"), ("lm_head.q_groups", "lm_head has no q_groups")],
+    [("model.norm.weight", "model.norm.weight is missing"), ("lm_head.q_groups", "there is no lm_head.q_groups")],
 )
 def test_a_damaged_exl2_base_is_refused(tmp_path: Path, leave_out: str, said: str) -> None:
     base = write_exl2(tmp_path / "base", Llama(), leave_out=leave_out)
