@@ -72,12 +72,16 @@ def write_exl2(
     leave_out: str = "",
     signed: dict[str, Any] | None = None,
     changed: dict[str, Any] | None = None,
+    layers: dict[str, list[tuple[int, int]]] | None = None,
 ) -> Path:
-    """A converter's result folder, config.json signed as it signs it; `changed`: other arrays for some names."""
+    """A converter's result folder, config.json signed as it signs it.
+
+    `changed`: other arrays for some names; `layers`: the groups of the layers' linears, instead of those of `bits`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {f"model.layers.{i}.{m}": size for i in range(shape.layers) for m, size in shape.linears().items()}
     sizes["lm_head"] = (shape.vocab, shape.hidden)
-    groups = groups_of(shape, bits, head_bits)
+    groups = groups_of(shape, bits, head_bits) | (layers or {})
     tensors: dict[str, Any] = {}
     for module, size in sizes.items():
         tensors |= {f"{module}.{part}": value for part, value in exl2_arrays(size, groups[module]).items()}
@@ -112,18 +116,65 @@ def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
             file.write(content)
 
 
-def measurement(shape: Llama) -> dict[str, Any]:
-    """A measurement of every block of a model: each width once."""
-    blocks: dict[str, Any] = {}
-    for layer in range(shape.layers):
-        for module, size in shape.linears().items():
-            block, _, name = module.partition(".")
-            options = blocks.setdefault(f"model.layers.{layer}.{block}", [{"total_bits": 0} for _ in WIDTHS])
-            for option, bits in zip(options, WIDTHS, strict=True):
-                option["accuracy"] = 1 - 0.5**bits
-                option["total_bits"] += stored(size, [(GROUP, bits)] * (size[1] // GROUP))
-                option[name] = {"group_size": {str(bits): GROUP}, "bits": [bits], "bits_prop": [1], "scale_bits": 4}
+def measurement(shape: Llama, steps: int = 0) -> dict[str, Any]:
+    """A measurement of every block of a model: from one width to the next group by group, or in `steps` options."""
+    blocks: dict[str, list[dict[str, Any]]] = {}
+    for block in ("self_attn", "mlp"):
+        sizes = {m.partition(".")[2]: size for m, size in shape.linears().items() if m.startswith(block)}
+        groups = {name: [2] * (size[1] // GROUP) for name, size in sizes.items()}
+        options = [_option(sizes, groups)]
+        for high in WIDTHS[1:]:
+            for widths in groups.values():
+                for i in range(len(widths)):
+                    widths[i] = high
+                    options.append(_option(sizes, groups))
+        every = max(1, len(options) // steps) if steps else 1
+        for layer in range(shape.layers):
+            blocks[f"model.layers.{layer}.{block}"] = options[::every]
     return {"measurement": blocks, "last_module_idx": 2 * shape.layers + 2}
+
+
+def _option(sizes: dict[str, tuple[int, int]], groups: dict[str, list[int]]) -> dict[str, Any]:
+    """An option of a block, as the converter writes it; `groups`: the width of each group of its linears."""
+    option: dict[str, Any] = {"accuracy": 1 - 0.5 ** (sum(map(sum, groups.values())) / 8), "total_bits": 0}
+    for name, widths in groups.items():
+        used = sorted(set(widths), reverse=True)
+        option["total_bits"] += stored(sizes[name], [(GROUP, bits) for bits in widths])
+        option[name] = {
+            "group_size": {str(bits): GROUP for bits in used},
+            "bits": used,
+            "bits_prop": [widths.count(bits) / len(widths) for bits in used],
+            "scale_bits": 4,
+        }
+    return option
+
+
+def optimized(measured: dict[str, list[dict[str, Any]]], shape: Llama, bits: float) -> dict[str, dict[str, Any]]:
+    """The strategy for a target: the next option of the block with the fewest, as long as it fits."""
+    chosen = dict.fromkeys(measured, 0)
+    weights = sum(pad32(out) * rows for out, rows in shape.linears().values()) * shape.layers
+
+    def fits(block: str) -> bool:
+        wider = chosen | {block: chosen[block] + 1}
+        totals = [measured[name][i]["total_bits"] for name, i in wider.items() if i < len(measured[name])]
+        return len(totals) == len(measured) and sum(totals) <= bits * weights
+
+    while able := [block for block in measured if fits(block)]:
+        chosen[min(able, key=lambda block: chosen[block] / len(measured[block]))] += 1
+    return {block: measured[block][i] for block, i in chosen.items()}
+
+
+def strategy_groups(strategy: dict[str, dict[str, Any]], shape: Llama) -> dict[str, list[tuple[int, int]]]:
+    """Module -> (rows, bits) of its groups."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for layer in range(shape.layers):
+        for module, (_, rows) in shape.linears().items():
+            block, _, name = module.partition(".")
+            said = strategy[f"model.layers.{layer}.{block}"][name]
+            counts = [round(share * rows / GROUP) for share in said["bits_prop"]]
+            widths = [bits for bits, count in zip(said["bits"], counts, strict=True) for _ in range(count)]
+            found[f"model.layers.{layer}.{module}"] = [(GROUP, bits) for bits in widths]
+    return found
 
 
 # exllamav2.conversion.convert_exl2 as a caller sees it: its record and its checkpoints are as 0.3.2 writes them.
@@ -133,7 +184,7 @@ import argparse, json, os, shutil, signal, sys, time
 from pathlib import Path
 import numpy as np
 sys.path.insert(0, os.environ["FAKE_TESTS"])
-from exl2_models import measurement, write_exl2, write_tensors
+from exl2_models import measurement, optimized, strategy_groups, write_exl2, write_tensors
 from small_models import Llama
 
 parser = argparse.ArgumentParser()
@@ -152,6 +203,7 @@ job = {"in_dir": args.i, "progress": "begin", "compile_full": args.cf, "output_m
        "dataset_rows": args.r, "measurement_rows": args.mr}
 if args.m:
     job["measurement"] = json.loads(Path(args.m).read_text())["measurement"]
+    job["strategy"] = optimized(job["measurement"], Llama(layers=2), args.b - (1 if fault == "narrow" else 0))
 if job_file.exists():
     job.update(json.loads(job_file.read_text()))
     print(" -- Resuming job", job["progress"], job.get("done", 0))
@@ -230,11 +282,15 @@ if args.om:
     Path(args.om).write_text(json.dumps(measurement(shape)))
 else:
     out = Path(args.cf)
-    write_exl2(out, shape, args.b, args.hb, "model.norm.weight" if fault == "norm" else "")
+    mix = optimized(job["measurement"], shape, args.b - 0.6) if fault == "less" else job["strategy"]
+    left_out = "model.norm.weight" if fault == "norm" else ""
+    write_exl2(out, shape, args.b, args.hb, left_out, layers=strategy_groups(mix, shape))
     for file in Path(args.i).iterdir():
         if not file.name.endswith(".safetensors") and file.name != "config.json":
             shutil.copy(file, out / file.name)
     (out / "model.safetensors.index.json").write_text("{}")
+    if fault == "tokenizer":
+        (out / "tokenizer.json").write_text("")
 job["progress"] = "finished"
 save()
 print(" -- Finished")

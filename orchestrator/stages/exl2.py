@@ -51,9 +51,9 @@ from orchestrator.stages.exl2_measurement import (
     FILE,
     base_measurements,
     check_fits,
-    expected_bits,
     judge_measurement,
 )
+from orchestrator.stages.exl2_mix import check_mix
 from orchestrator.stages.exl2_result import Linears, NotWhole, judge_model, verify_artifact
 
 VERSION = "1"
@@ -346,9 +346,11 @@ def _quantize(work: _Work, out: Path, measurement: Path, whose: str) -> Built:
     def judge() -> dict[str, Any]:
         # Also what an earlier, killed process has moved already.
         _move_up(result, out)
-        return judge_model(out, work.source, work.chosen.bits, work.head_bits, expected)
+        check = partial(
+            check_mix, work=out / "work", measurement=measurement, source=work.source, bits=work.chosen.bits
+        )
+        return judge_model(out, work.source, work.chosen.bits, work.head_bits, check)
 
-    expected = expected_bits(measurement, work.source, work.chosen.bits)
     report = job.done(judge)
     if not math.isclose(report["measured_bits"], work.chosen.bits, rel_tol=TOLERANCE):
         note(f"its layers have {report['measured_bits']:.2f} bits per weight: no mix of widths comes nearer")

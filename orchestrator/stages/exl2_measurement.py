@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def read_options(file: Path, source: Checkpoint) -> Options:
         raise NotWhole("wrote no measurement") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise NotWhole(f"wrote a measurement that cannot be read ({error!r})") from None
-    blocks = _blocks(source)
+    blocks = blocks_of(source)
     missing = sorted(set(blocks) - set(options))
     if missing:
         raise NotWhole(f"measured nothing of {len(missing)} of {len(blocks)} blocks, the first is {missing[0]}")
@@ -65,10 +64,10 @@ def check_fits(file: Path, source: Checkpoint) -> None:
     Raises:
         NotWhole: it cannot.
     """
-    blocks = _blocks(source)
+    blocks = blocks_of(source)
     for block, options in read_options(file, source).items():
         try:
-            wanted = sum(_option_bits(options[0][name], shape) for name, shape in blocks[block].items())
+            wanted = sum(option_bits(options[0][name], shape) for name, shape in blocks[block].items())
             said = int(options[0]["total_bits"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise NotWhole(f"says something else of {block} than a measurement does ({error!r})") from None
@@ -77,7 +76,7 @@ def check_fits(file: Path, source: Checkpoint) -> None:
             raise NotWhole(f"was made of a {block} with other shapes")
 
 
-def _blocks(source: Checkpoint) -> dict[str, dict[str, tuple[int, int]]]:
+def blocks_of(source: Checkpoint) -> dict[str, dict[str, tuple[int, int]]]:
     """Block -> its linears -> (out, in)."""
     found: dict[str, dict[str, tuple[int, int]]] = {}
     for module, shape in Linears.of(source).layers.items():
@@ -86,7 +85,7 @@ def _blocks(source: Checkpoint) -> dict[str, dict[str, tuple[int, int]]]:
     return found
 
 
-def _option_bits(option: dict[str, Any], shape: tuple[int, int]) -> int:
+def option_bits(option: dict[str, Any], shape: tuple[int, int]) -> int:
     """Bits that a linear takes with an option's widths, as the converter counts them (qparams.py, total_bits)."""
     out, rows = pad32(shape[0]), shape[1]
     left, groups, weights = rows, 0, 0
@@ -98,23 +97,6 @@ def _option_bits(option: dict[str, Any], shape: tuple[int, int]) -> int:
         left -= used
         groups += count
     return weights + groups * (out * int(option["scale_bits"]) + 16 + 32) + 32 * rows
-
-
-def expected_bits(file: Path, source: Checkpoint, bits: float) -> tuple[float, float]:
-    """(least, most) bits per weight that the converter gives for a target.
-
-    It stays below it by less than the next option of a block would add; beyond what there are options for, it takes
-    the nearest.
-
-    Raises:
-        NotWhole: see `read_options`.
-    """
-    sizes = [sorted(int(option["total_bits"]) for option in found) for found in read_options(file, source).values()]
-    weights = sum(pad32(out) * rows for out, rows in Linears.of(source).layers.values())
-    low, high = (sum(size[end] for size in sizes) / weights for end in (0, -1))
-    step = max((b - a for size in sizes for a, b in pairwise(size)), default=0) / weights
-    target = min(max(bits, low), high)
-    return max(target - step, low), target
 
 
 def base_measurements(store: Store, own: Recipe, model: Any) -> Iterator[Recipe]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,14 +59,17 @@ def _shape(info: TensorInfo) -> tuple[int, int]:
 
 
 def judge_model(
-    folder: Path, source: Checkpoint, bits: float, head_bits: int, expected: tuple[float, float] | None = None
+    folder: Path,
+    source: Checkpoint,
+    bits: float,
+    head_bits: int,
+    check_bits: Callable[[Mapping[str, Packed]], None] | None = None,
 ) -> dict[str, Any]:
     """Checks an EXL2 model against the one that it was made from: every tensor, its shape, groups and scales, the real
-    bits per weight, config.json, the tokenizer and what else travels with it.
+    bits per weight, config.json, the tokenizer and what else travels with it, byte for byte.
 
     Args:
-        expected: the least and the most bits per weight that the converter gives for these bits by its measurement;
-            None: these bits.
+        check_bits: looks at the linears' bits, and raises NotWhole if they are not right; None: their mean is `bits`.
 
     Returns:
         JSON-able: the bits per weight that the layers and the head really have, bytes, exllamav2's version.
@@ -84,9 +89,12 @@ def judge_model(
     for file in carried_files(source.path):
         if not (folder / file.name).is_file():
             raise NotWhole(f"left {file.name} out")
+        if not filecmp.cmp(file, folder / file.name, shallow=False):
+            raise NotWhole(f"wrote a {file.name} that is not the model's")
     real, real_head = mean_bits(packed[module] for module in linears.layers), packed[head].bits
-    low, high = expected or (bits, bits)
-    if not low * (1 - TOLERANCE) <= real <= high * (1 + TOLERANCE):
+    if check_bits is not None:
+        check_bits(packed)
+    elif not math.isclose(real, bits, rel_tol=TOLERANCE):
         raise NotWhole(f"wrote layers of {real:.3f} bits per weight, not {bits:g}")
     exact = 8 * head_file_bytes(packed[head].rows, packed[head].columns, head_bits) / packed[head].weights
     if not math.isclose(real_head, exact, rel_tol=5 * TOLERANCE):  # its rounding may make a group more of one width

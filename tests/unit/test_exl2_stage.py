@@ -18,19 +18,22 @@ import numpy as np
 import psutil
 import pytest
 from exl2_bench import GPU, SHAPE, TESTS, Bench, make_bench
-from exl2_models import exl2_arrays, measurement, write_exl2
+from exl2_models import exl2_arrays, measurement, optimized, strategy_groups, write_exl2
 from small_models import Llama, write_adapter, write_headers
 
 from orchestrator.artifacts import Built, Recipe, Store
 from orchestrator.checkpoint.adapter import open_adapter
 from orchestrator.checkpoint.digest import digest
+from orchestrator.checkpoint.exl2_layout import packed_linears
 from orchestrator.checkpoint.folder import fingerprint, open_checkpoint
+from orchestrator.checkpoint.safetensors_header import read_safetensors_header
 from orchestrator.errors import CheckpointError, ConfigError, DoesNotFitError, EngineUnavailableError, StageError
 from orchestrator.pipeline import Model, Source, disk_needs, merged, prepare
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages import converter, exl2
 from orchestrator.stages.exl2_log import overflow
-from orchestrator.stages.exl2_measurement import expected_bits, judge_measurement
+from orchestrator.stages.exl2_measurement import judge_measurement
+from orchestrator.stages.exl2_mix import check_mix
 from orchestrator.stages.exl2_result import NotWhole, judge_model
 from orchestrator.tasks.artifacts import artifacts
 
@@ -219,14 +222,69 @@ def test_scaling_that_exllamav2_knows(bench: Bench, key: str, kind: str, works: 
     assert exl2.quantize(bench.config(), Model(bench.source), chosen, bench.run).path == bench.source
 
 
-def test_what_a_target_gives(tmp_path: Path) -> None:
-    source = open_checkpoint(write_headers(tmp_path / "model", SHAPE))
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("less", r"wrote model\.layers\.\d\.\S+ with \d\.\d+ bits per weight, and chose \d\.\d+ for it"),
+        ("narrow", r"chose widths of [\d,]+ bits where [\d,]+ were asked for, and a wider option fits"),
+        ("tokenizer", r"wrote a tokenizer\.json that is not the model's"),
+    ],
+)
+def test_a_model_that_is_not_what_was_chosen(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, fault: str, message: str
+) -> None:
+    monkeypatch.setenv("FAKE_FAULT", fault)
+    with pytest.raises(StageError, match=message):
+        bench.quantize(5.0006)
+    monkeypatch.delenv("FAKE_FAULT")
+    report = bench.quantize(5.0006).artifacts[-1].manifest["report"]
+    assert report["measured_bits"] == pytest.approx(5.0, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("bits", "near"),
+    [(2.0, 2.29), (8.5, 8.29), (5.0, 4.93)],  # nothing is less; nothing is wider; so few options
+)
+def test_a_target_that_no_mix_comes_near_to(
+    bench: Bench, bits: float, near: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = bench.folder / "mine.json"
+    file.write_text(json.dumps(measurement(SHAPE, steps=4)))
+    report = bench.quantize(bits, f"quant.measurement={file}").artifacts[-1].manifest["report"]
+    assert report["measured_bits"] == pytest.approx(near, abs=0.05)
+    assert "no mix of widths comes nearer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strategy": None}, r"left no choice of widths in job_new\.json"),
+        ({"mlp": None}, r"left no choice of widths in job_new\.json"),
+        ({"mlp": {"total_bits": 1}}, r"chose widths for model\.layers\.1\.mlp that were not measured"),
+        ({"mlp": 0}, "and a wider option fits"),
+        ({"mlp": -1}, r"chose widths of [\d,]+ bits, and [\d,]+ were asked for"),
+    ],
+)
+def test_the_judge_of_widths(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    source = open_checkpoint(write_headers(tmp_path / "source", SHAPE))
     file = tmp_path / "measurement.json"
-    file.write_text(json.dumps(measurement(SHAPE)))
-    assert expected_bits(file, source, 2.0) == pytest.approx((2.29, 2.29), abs=0.1)  # the least that there is
-    low, high = expected_bits(file, source, 5.0)
-    assert (low, high) == (pytest.approx(4.4, abs=0.1), 5.0)  # so small a model has few steps
-    assert expected_bits(file, source, 8.5)[1] == pytest.approx(8.29, abs=0.1)
+    measured = measurement(SHAPE)
+    file.write_text(json.dumps(measured))
+    strategy = optimized(measured["measurement"], SHAPE, 4.0)
+    result = write_exl2(tmp_path / "result", SHAPE, layers=strategy_groups(strategy, SHAPE))
+    packed = packed_linears(
+        {info.name: info for info in read_safetensors_header(result / "output.safetensors").tensors}
+    )
+    record = tmp_path / "job_new.json"
+    record.write_text(json.dumps({"strategy": strategy}))
+    check_mix(packed, tmp_path, file, source, 4.0)
+    if "mlp" in change:
+        option = change["mlp"]
+        block = measured["measurement"]["model.layers.1.mlp"]
+        change = {"strategy": strategy | {"model.layers.1.mlp": block[option] if isinstance(option, int) else option}}
+    record.write_text(json.dumps(change))
+    with pytest.raises(NotWhole, match=message):
+        check_mix(packed, tmp_path, file, source, 4.0)
 
 
 def test_what_the_converter_is_given(bench: Bench) -> None:

@@ -193,8 +193,8 @@ def test_its_weights_are_finite_and_no_two_rows_alike(tmp_path: Path) -> None:
 def test_a_made_up_exl2_model_is_what_the_converter_would_leave(tmp_path: Path, bits: int) -> None:
     source = open_checkpoint(write_plain(tmp_path / "model", SMALL, 4096))
     folder = write_exl2(tmp_path / "exl2", SMALL, 4096, bits)
-    found = judge_model(folder, source, bits, 6, (bits, bits + 0.3))  # the shape is small: scales are a large part
-    assert bits < found["measured_bits"] < bits + 0.3
+    found = judge_model(folder, source, bits, 6, lambda _: None)
+    assert bits < found["measured_bits"] < bits + 0.3  # the shape is small: scales are a large part
     planned = sum(piece.weights for piece in pieces(model_spec(source), bits, 6, True, 4096))
     embedding = 2 * SMALL.vocab * SMALL.hidden
     assert planned == pytest.approx(found["bytes"] - embedding, rel=0.06)
