@@ -178,7 +178,7 @@ def strategy_groups(strategy: dict[str, dict[str, Any]], shape: Llama) -> dict[s
 
 
 # exllamav2.conversion.convert_exl2 as a caller sees it: its record and its checkpoints are as 0.3.2 writes them.
-# FAKE_FAULT says what goes wrong; "kill MOMENT MODULE" when it is killed.
+# FAKE_FAULT says what goes wrong; "kill MOMENT MODULE" when it is killed ("nan MOMENT MODULE": after a NaN).
 FAKE = """
 import argparse, json, os, shutil, signal, sys, time
 from pathlib import Path
@@ -255,6 +255,9 @@ if fault == "overflow":
 if fault == "nan" and not args.om:
     print(" -- Layer: model.layers.1 (MLP)")
     print(" -- Module quantized, rfn_error: nan")
+    if kill == "sleep":
+        print('[STATUS]' + json.dumps({"stage": "Quantizing", "completion": 0.75}) + '[/STATUS]')
+        time.sleep(600)
 if fault in ("sleep", "half"):
     time.sleep(600)
 if job["progress"] == step:

@@ -46,7 +46,7 @@ from orchestrator.stages.converter import Failure, convert
 from orchestrator.stages.exl2_calibration import Calibration, file_identity
 from orchestrator.stages.exl2_gpu import leased_gpu, needed
 from orchestrator.stages.exl2_job import Record
-from orchestrator.stages.exl2_log import overflow, overflow_error
+from orchestrator.stages.exl2_log import OverflowWatch, Seen, overflow_error, seen_overflow
 from orchestrator.stages.exl2_measurement import (
     FILE,
     base_measurements,
@@ -386,24 +386,22 @@ class _Job:
         """Runs it unless its result is there already; the report of the result.
 
         Raises:
-            StageError, DoesNotFitError: there is no whole result, with why.
+            StageError, DoesNotFitError: there is no whole result, with why; or the model's numbers left float16's
+                range, in this run or before it was interrupted.
         """
         record = Record(self._where, self.arguments, Linears.of(self._work.source).layers)
         state = record.resume()
+        if state and (seen := seen_overflow(self._where)):  # it would go on for hours, to be refused in the end
+            raise self._overflow(record, (f"{seen[0]}, as an earlier run saw that was interrupted", seen[1]))
+        failure = None
         if state != "finished":
             self._clear(everything=not state)
             failure = self._run(state, record)
-            wrong = overflow(failure.text())
-        else:
-            failure, wrong = None, ""
+        if seen := seen_overflow(self._where):  # whole or not: it is of no use
+            raise self._overflow(record, seen)
         try:
             report = judge()
-            if failure and wrong:  # whole, and of no use
-                self._clear(everything=True)
-                raise overflow_error(wrong, failure.log)
         except NotWhole as error:
-            if failure and wrong:
-                raise overflow_error(wrong, failure.log) from None
             if failure is None:  # it says that it is finished, and it is not
                 log.warning("%s: finished, but it %s: begun anew", self._where, error)
                 self._clear(everything=True)
@@ -412,6 +410,12 @@ class _Job:
         for path in (self._where, self._input, *(p for p in (self._result,) if p.is_dir())):
             shutil.rmtree(path, ignore_errors=True)
         return report
+
+    def _overflow(self, record: Record, seen: Seen) -> StageError:
+        """The error for states that are of no use, once nothing goes on with them any more."""
+        record.forget()
+        self._clear(everything=True)
+        return overflow_error(*seen)
 
     def _clear(self, everything: bool) -> None:
         """Removes what a killed run left: the half result always, its working folder where it is of no use."""
@@ -438,12 +442,19 @@ class _Job:
         caps = {gpu.device: gpu.capacity for gpu in work.chosen.gpus} if hardware.memory_gib is not None else {}
         most = max(caps.values(), default=need)
         environ = os.environ | child_devices(nvml_gpus()[0])
+        log_file = work.run.path / "convert.log"
+        watched = OverflowWatch(log_file, self._where)
+
+        def watch() -> None:
+            watched.read()
+            record.keep()
+
         with leased_gpu(hardware, min(need, most), work.run) as device, _progress(work.run, title) as show:
             return convert(
                 work.python,
                 MODULE,
                 self.arguments,
-                work.run.path / "convert.log",
+                log_file,
                 show,
                 env={
                     "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
@@ -451,7 +462,7 @@ class _Job:
                     "HF_HUB_OFFLINE": "1",
                 },
                 limits=[caps.get(device, most)] if caps else (),
-                watch=record.keep,
+                watch=watch,
             )
 
 

@@ -96,6 +96,11 @@ class Record:
             note(f"an earlier run cannot be continued ({RECORD} {reasons[0]}): begun anew")
         return ""
 
+    def forget(self) -> None:
+        """Leaves nothing that could be gone on with, whatever is removed after it."""
+        for place in (self._where, *self._kept):
+            (place / RECORD).unlink(missing_ok=True)
+
     def keep(self) -> None:
         """Keeps the record, if it is a good one and not kept yet, with its states. While the converter runs, too."""
         file = self._where / RECORD

@@ -31,7 +31,8 @@ from orchestrator.errors import CheckpointError, ConfigError, DoesNotFitError, E
 from orchestrator.pipeline import Model, Source, disk_needs, merged, prepare
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages import converter, exl2
-from orchestrator.stages.exl2_log import overflow
+from orchestrator.stages.exl2_job import Record
+from orchestrator.stages.exl2_log import OverflowWatch, overflow, seen_overflow
 from orchestrator.stages.exl2_measurement import judge_measurement
 from orchestrator.stages.exl2_mix import check_mix
 from orchestrator.stages.exl2_result import NotWhole, judge_model
@@ -343,6 +344,55 @@ def test_a_whole_model_of_nonsense(bench: Bench, monkeypatch: pytest.MonkeyPatch
         bench.quantize()
     monkeypatch.delenv("FAKE_FAULT")
     assert len(bench.quantize().built) == 1
+
+
+def test_an_overflow_before_an_interruption_is_remembered(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(exl2, "_progress", interrupted_at(2))
+    bench.quantize()
+    monkeypatch.setenv("FAKE_FAULT", "nan sleep")
+    monkeypatch.setattr(exl2, "_progress", interrupted_at(0.7))
+    with pytest.raises(KeyboardInterrupt):
+        bench.quantize(6.0)
+    monkeypatch.delenv("FAKE_FAULT")  # what goes on from its states would say nothing
+    monkeypatch.setattr(exl2, "_progress", interrupted_at(2))
+    runs = len(bench.runs())
+    with pytest.raises(
+        StageError, match=r"\(NaN\) in model\.layers\.1 \(MLP\), as an earlier run saw that was"
+    ) as caught:
+        bench.quantize(6.0)
+    assert f"The same command begins anew. Its log: {bench.run.path / 'convert.log'}" in caught.value.hint
+    assert len(bench.runs()) == runs  # at once, not after hours
+    (work,) = (bench.folder / "store").glob("exl2-*.partial/work")
+    assert not list(work.iterdir())
+    capsys.readouterr()
+    assert len(bench.quantize(6.0).built) == 1
+    assert "going on where" not in capsys.readouterr().err
+
+
+def test_states_of_a_reported_overflow_are_not_gone_on_with(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.quantize()
+    monkeypatch.setenv("FAKE_FAULT", "nan swapped 3")
+    before = len(bench.modules())
+    with pytest.raises(StageError, match=r"results that are no numbers \(NaN\) in model\.layers\.1 \(MLP\)\. It"):
+        bench.quantize(6.0)
+    monkeypatch.delenv("FAKE_FAULT")
+    assert len(bench.quantize(6.0).built) == 1
+    assert bench.modules()[before:] == [1, 2, 3, 1, 2, 3]
+
+
+def test_a_record_that_is_forgotten_is_not_gone_on_with(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything else is removed: that may be cut short."""
+    monkeypatch.setenv("FAKE_FAULT", "kill working 2")
+    with pytest.raises(StageError, match="was killed by signal 9"):
+        bench.quantize()
+    (work,) = (bench.folder / "store").glob("measurement-*.partial/work")
+    record = Record(work, (), ())
+    assert record.resume() == "measure_quant"
+    record.forget()
+    assert (work / "last_good" / "hidden_states.safetensors").exists()
+    assert record.resume() == ""
 
 
 def test_verify_looks_into_the_files(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -674,6 +724,29 @@ def test_errors_in_a_log(tmp_path: Path) -> None:
 )
 def test_signs_of_an_overflow(lines: str, found: str) -> None:
     assert found in overflow(f" -- Beginning new job\n{lines}\n")
+
+
+def test_a_sign_is_remembered_while_the_log_grows(tmp_path: Path) -> None:
+    log, where = tmp_path / "convert.log", tmp_path / "work"
+    where.mkdir()
+    log.write_text(" -- Module quantized, rfn_error: nan\n")  # of an earlier run
+    watch = OverflowWatch(log, where)
+    layer = f" -- Layer: model.layers.3 (MLP)\n{'.' * 2**19}\n"  # a sign far from the end, too
+    for text, found in (
+        (layer, None),
+        (" -- Module quantized, rfn_er", None),
+        ("ror: nan\n", "results that are no numbers (NaN) in model.layers.3 (MLP)"),
+        (
+            f"{layer}ValueError: Hessian is not invertible\n",
+            "results that are no numbers (NaN) in model.layers.3 (MLP)",
+        ),
+    ):
+        with log.open("a") as file:
+            file.write(text)
+        watch.read()
+        assert seen_overflow(where) == (found and (found, str(log)))
+    log.unlink()
+    watch.read()
 
 
 def test_no_sign_of_an_overflow() -> None:
