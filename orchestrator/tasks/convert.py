@@ -17,7 +17,7 @@ from orchestrator.artifacts import MANIFEST, kept
 from orchestrator.backends.table import BACKENDS
 from orchestrator.config import Config, folder
 from orchestrator.errors import ConfigError, RequestError
-from orchestrator.pipeline import Model, Source, disk_needs, merged, prepare
+from orchestrator.pipeline import Model, Source, disk_needs, is_exl2, merged, prepare
 from orchestrator.plan.disk import existing, must_be_writable, must_have_room
 from orchestrator.report.console import note
 from orchestrator.runfolder import RunFolder
@@ -45,7 +45,8 @@ def convert(config: Config, run: RunFolder) -> None:
             export(model, output)
             note(f"finished model: {output}")
     if not model.artifacts:
-        done = "nothing to do" if output is None else "its files are copied as they are, nothing was looked at"
+        looked = "" if config.convert.verify and is_exl2(source.base) else ", nothing was looked at"
+        done = "nothing to do" if output is None else f"its files are copied as they are{looked}"
         note(
             f"{source.base.path} is safetensors already and has no adapter: {done} (convert.shard_size writes it anew)"
         )

@@ -36,6 +36,25 @@ def test_a_plan_of_an_exl2_folder(orchestrator: Orchestrator, tmp_path: Path) ->
     assert done.json("plan.json")["backend"] == "exllamav2"
 
 
+def test_a_damaged_exl2_folder(orchestrator: Orchestrator, tmp_path: Path) -> None:
+    part = "model.layers.1.mlp.up_proj.q_groups"
+    folder = write_exl2(tmp_path / "header", SHAPE, changed={part: ("I32", (8,))})
+    done = orchestrator("task=plan", f"model.path={folder}", "hardware=1x24gb")
+    assert done.code == 2
+    assert f"{folder}/output.safetensors: {part} is I32, not I16" in done.error
+    folder = write_exl2(tmp_path / "data", SHAPE, changed={"lm_head.q_invperm": ("I32", (512,))})
+    argv = ("task=convert", f"model.path={folder}", "convert.verify=true")
+    for more in ((), ("backend=exllamav2", "hardware=1x24gb")):
+        done = orchestrator(*argv, *more)
+        assert done.code == 2
+        assert f"{folder}/output.safetensors: lm_head.q_invperm is no order of 512 rows" in done.error
+    whole = write_exl2(tmp_path / "whole", SHAPE)
+    done = orchestrator(*argv[::2], f"model.path={whole}")
+    assert done.code == 0, done.err
+    assert "verified: 15 linears' parts, groups, order and scales; layers of 3.999" in done.err
+    assert "nothing to verify" not in done.err
+
+
 def test_gptq_in_the_plan_of_a_model_that_is_not_quantized(
     orchestrator: Orchestrator, long_winded: Path, gptq: Path
 ) -> None:
