@@ -251,14 +251,14 @@ class DataFrame:
 
     def to_parquet(self, file, engine):
         with open(file, "w") as out:
-            json.dump(self.columns, out)
+            out.write(f"PAR1{json.dumps(self.columns)}PAR1")
 
     def itertuples(self, index):
         return zip(*self.columns.values())
 
 def read_parquet(file, engine):
     with open(file) as lines:
-        return DataFrame(json.load(lines))
+        return DataFrame(json.loads(lines.read().removeprefix("PAR1").removesuffix("PAR1")))
 """
 
 

@@ -150,7 +150,7 @@ def _split(value: Any, hardware: Hardware) -> tuple[float, ...]:
         return ()
     if not isinstance(value, list | tuple) or not value or not all(_is_size(x) for x in value):
         raise ConfigError(
-            f"parallel.gpu_split={value} is neither auto nor a list of GiB", "Type: 'parallel.gpu_split=[22,24]'"
+            f"parallel.gpu_split={value} is neither auto nor a list of GiB", "Type: 'parallel.gpu_split=[18,18]'"
         )
     if min(value) < 0 or not any(value):
         what = "a GPU cannot take less than 0 GiB" if any(value) else "no GPU gets any"
