@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -174,7 +175,7 @@ class Store:
         """Bytes more that the disk needs to build an artifact of `needed` bytes; 0 where it is there."""
         if self.find(recipe) is not None:
             return 0
-        return max(0, needed - _size(self.root / f"{recipe.name}.partial"))
+        return max(0, needed - bytes_below(self.root / f"{recipe.name}.partial"))
 
     def finished(self) -> list[Artifact]:
         """The finished artifacts, the last used first."""
@@ -304,7 +305,7 @@ class Store:
             ) from None
 
     def _check_room(self, partial: Path, needed: int) -> None:
-        needed -= _size(partial)
+        needed -= bytes_below(partial)
         free = shutil.disk_usage(self.root).free
         if needed > free:
             raise DoesNotFitError(
@@ -339,13 +340,15 @@ class Store:
         return Artifact(final, manifest, files)
 
 
-def _size(folder: Path) -> int:
-    """Bytes of the files in a folder and below it; of links not what they lead to."""
-    total = 0
+def bytes_below(folder: Path) -> int:
+    """Bytes of the files in a folder and below it, of one with several names once; of links not what they lead to."""
+    sizes = {}
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):  # another run removes what it needs no more
-            total += path.lstat().st_size
-    return total
+            status = path.lstat()
+            if not stat.S_ISDIR(status.st_mode):
+                sizes[status.st_dev, status.st_ino] = status.st_size
+    return sum(sizes.values())
 
 
 def _entry(said: dict[str, Any]) -> Entry:

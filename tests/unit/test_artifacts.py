@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.artifacts import MANIFEST, RECIPE_NAME, Artifact, Built, Recipe, Store, kept, last_used
+from orchestrator.artifacts import MANIFEST, RECIPE_NAME, Artifact, Built, Recipe, Store, bytes_below, kept, last_used
 from orchestrator.checkpoint.digest import digest
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.config import Config
@@ -419,6 +419,24 @@ def test_an_unfinished_build_is_as_young_as_what_it_last_wrote(
     (store.root / "merge-0123.partial" / "second").write_text("2")
     assert run_task(store, tmp_path, action="prune", unused_days=30)["removed"] == [three["100"].name]
     assert len(store.partials()) == 1
+
+
+def test_an_unfinished_build_has_the_size_of_all_that_is_below_it_each_file_once(
+    store: Store, three: dict[str, Artifact], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partial = store.root / "merge-0123.partial"
+    kept = partial / "work" / "kept"
+    kept.mkdir(parents=True)
+    (partial / "work" / "states").write_bytes(bytes(3 << 20))
+    os.link(partial / "work" / "states", kept / "states")  # the same bytes under another name
+    (partial / "work" / "model").symlink_to(tmp_path / "a-model-that-has-gone")
+    assert bytes_below(partial) == pytest.approx(3 << 20, abs=200)
+    run_task(store, tmp_path)
+    assert "3.0 MiB" in capsys.readouterr().out
+    partial.rename(store.root / f"{RECIPE.name}.partial")
+    assert store.to_write(RECIPE, 5 << 20) == pytest.approx(2 << 20, abs=200)
+    assert run_task(store, tmp_path, action="prune", unused_days=0)["bytes"] > 3 << 20
+    assert "(3.00 MiB)" in capsys.readouterr().out
 
 
 def test_prune_by_name_removes_that_one_whatever_its_age(
