@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -58,7 +59,80 @@ def test_a_model_and_its_measurement(bench: Bench) -> None:
     assert quantizing["m"] == str(model.artifacts[0].path / "measurement.json")
     assert (quantizing["b"], quantizing["hb"], quantizing["l"]) == (4.0, 6, 2048)
     status = json.loads((bench.run.path / "status.json").read_text())
-    assert status["stage"] == "Quantizing"
+    ended = {"state": "quantizing to 4 bits", "stage": "Quantizing", "completion": 1.0, "module": None, "eta_s": None}
+    assert {key: status[key] for key in ended} == ended
+
+
+def test_it_is_said_which_module_it_works_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[dict[str, Any]] = []
+    tell = bench.run.status
+    monkeypatch.setattr(bench.run, "status", lambda state, **more: (told.append(more), tell(state, **more)))
+    monkeypatch.setenv("FAKE_FAULT", "kill working 3")
+    with pytest.raises(StageError, match="was killed by signal 9"):
+        bench.quantize()
+    at = {(said["stage"], said["completion"], said["module"]) for said in told}
+    assert ("Measuring", 0.0, "model.layers.0 (Attention)") in at
+    # It failed at one, which stays there to be read, and its time does not.
+    status = json.loads((bench.run.path / "status.json").read_text())
+    assert (status["stage"], status["completion"], status["module"]) == ("Measuring", 0.5, "model.layers.1 (Attention)")
+    assert status["eta_s"] is None
+    assert "\nmeasuring: Measuring, 0%, model.layers.0 (Attention)\n" in capsys.readouterr().err
+
+
+STEP = """\
+-------------------------------------------
+| Measured: model.layers.{index} (MLP)    |
+| Estimated remaining time: 0min 2sec     |
+-------------------------------------------
+[STATUS]{{"stage": "Measuring", "completion": {done}}}[/STATUS]
+"""
+
+
+def measuring(first: int, seconds: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is reported of a measurement of 10 modules that is at `first` when it starts, by the time of each."""
+    clock, log, seen = 100.0, tmp_path / "log", []
+    monkeypatch.setattr(converter, "time", SimpleNamespace(monotonic=lambda: clock))
+    log.write_text(STEP.format(index=first - 1, done=first / 10))
+    statuses = converter._Statuses(log, 0, seen.append)
+    statuses.read()
+    for index, took in enumerate(seconds, first):
+        for text in (f" -- Layer: model.layers.{index} (MLP)\n -- half a li", "ne\n"):
+            with log.open("a") as file:
+                file.write(text)
+            statuses.read()
+        clock += took
+        with log.open("a") as file:
+            file.write(STEP.format(index=index, done=(index + 1) / 10))
+        statuses.read()
+    return seen
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_the_time_that_is_left_goes_by_this_runs_modules(
+    first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = measuring(first, [10.0, 30.0, 20.0, 20.0], tmp_path, monkeypatch)
+    modules = [f"model.layers.{index} (MLP)" for index in range(first, first + 4)]
+    assert [status.module for status in seen] == ["", *modules]
+    assert [status.done for status in seen] == [pytest.approx(n / 10) for n in (first, *range(first, first + 4))]
+    left = 10 - first
+    wanted = [None, None, None, 20.0 * (left - 2), 20.0 * (left - 3)]
+    assert [status.left_s for status in seen] == [pytest.approx(seconds) for seconds in wanted]
+
+
+def test_no_time_is_left_of_nonsense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = measuring(7, [0.0, 0.0, 9.0], tmp_path, monkeypatch)  # all of them at once; then its end
+    assert [status.left_s for status in seen] == [None] * 5
+    assert seen[-1] == converter.Status("Measuring", 1.0)
+    log, found = tmp_path / "other", []
+    log.write_text(
+        '[STATUS]{"stage": "Measuring", "completion": 0.5}[/STATUS]\n -- Layer: lm_head (Linear)\n'
+        '[STATUS]{"stage": "Optimizing", "completion": 0.1}[/STATUS]\n[STATUS]{"stage": 1}[/STATUS]\n[STATUS]{}'
+    )
+    converter._Statuses(log, 0, found.append).read()
+    assert found == [converter.Status("Optimizing", 0.1)]
 
 
 def test_the_next_width_reuses_the_measurement(bench: Bench) -> None:
@@ -437,8 +511,8 @@ def interrupted_at(done: float) -> Any:
 
     @contextmanager
     def progress(run: RunFolder, title: str) -> Iterator[Any]:
-        def on_status(stage: str, now: float) -> None:
-            if now >= done:
+        def on_status(status: converter.Status) -> None:
+            if status.done >= done:
                 raise KeyboardInterrupt
 
         yield on_status
