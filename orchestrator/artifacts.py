@@ -23,7 +23,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Recipe:
     options: dict[str, Any]
     inputs: dict[str, Any]  # name -> fingerprint
     sources: tuple[str, ...] = ()  # where they lie, for a person: no part of the key
+    settings: dict[str, Any] = field(default_factory=dict)  # key as it is typed -> value: neither
 
     @property
     def name(self) -> str:
@@ -206,16 +207,17 @@ class Store:
 
     def outdated(self, recipe: Recipe) -> tuple[Path, list[str]] | None:
         """An unfinished build of the same sources that cannot be continued, and what changed since it began."""
-        for partial in self.partials():
-            try:
-                begun = json.loads((partial / RECIPE_NAME).read_text(encoding="utf-8"))
-                same = begun["stage"] == recipe.stage and tuple(begun["sources"]) == recipe.sources
-                names = differences(begun["inputs"], recipe.inputs)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                continue
-            if same and recipe.sources and names and partial.name != f"{recipe.name}.partial":
+        for partial, begun in self.unfinished():
+            names = differences(begun.inputs, recipe.inputs)
+            if recipe.sources and (begun.stage, begun.sources) == (recipe.stage, recipe.sources) and names:
                 return partial, names
         return None
+
+    def unfinished(self) -> Iterator[tuple[Path, Recipe]]:
+        """Unfinished builds that no running process holds, with their recipes; not those whose recipe is damaged."""
+        for partial in self.partials():
+            if (recipe := _begun(partial)) is not None:
+                yield partial, recipe
 
     def remove(self, path: Path, *, only_ask: bool = False) -> bool:
         """Removes an artifact or a partial folder: the manifest first, so that a half-removed one is none.
@@ -353,6 +355,16 @@ def bytes_below(folder: Path) -> int:
 
 def _entry(said: dict[str, Any]) -> Entry:
     return Entry(int(said["size"]), str(said["xxh3_128"]), int(said["mtime_ns"]))
+
+
+def _begun(partial: Path) -> Recipe | None:
+    """The recipe of an unfinished build; None where it is damaged."""
+    try:
+        said = json.loads((partial / RECIPE_NAME).read_text(encoding="utf-8"))
+        recipe = Recipe(**{**said, "sources": tuple(said["sources"]), "settings": dict(said.get("settings", {}))})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return recipe if partial.name == f"{recipe.name}.partial" else None
 
 
 def _harm(path: Path, entry: Entry) -> str:

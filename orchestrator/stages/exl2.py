@@ -43,6 +43,7 @@ from orchestrator.plan.types import Candidate
 from orchestrator.report.console import note, size, steps
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages.converter import Failure, OnStatus, Status, convert
+from orchestrator.stages.exl2_begun import left_behind
 from orchestrator.stages.exl2_calibration import Calibration, file_identity
 from orchestrator.stages.exl2_gpu import leased_gpu, needed
 from orchestrator.stages.exl2_job import Record
@@ -116,6 +117,8 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
         if calibration:
             calibration.check(source.path, python)
         work = _Work(config, source, chosen, run, python, length, calibration)
+        for line in left_behind(store, choice.recipe, choice.measurement):
+            note(line)
         measured = _measured(store, work, choice, made)
         make = partial(_quantize, work, measurement=measured, whose=choice.whose)
         _, most = _model_bytes(source, chosen.bits, work.head_bits)
@@ -181,14 +184,19 @@ def _choose(
     """
     options: dict[str, Any] = {"bits": bits, "head_bits": config.quant.head_bits or _HEAD_BITS}
     own = _measurement_recipe(config, inputs, length)
+    settings = own.settings | {f"quant.{name}": value for name, value in options.items()}
     if config.quant.measurement is not None:
+        settings["quant.measurement"] = str(folder(config.quant.measurement))
         # The key of a measurement of ours says the calibration; of a file it has to be said beside it.
         given = own.inputs | {"measurement": file_identity(folder(config.quant.measurement))}
-        return _Choice(Recipe("exl2", VERSION, options | own.options, given), None, "a file of the user's")
+        recipe = Recipe("exl2", VERSION, options | own.options, given, settings=settings)
+        return _Choice(recipe, None, "a file of the user's")
     bases = base_measurements(store, own, inputs["model"])
     measurements = [(own, _OWN), *((recipe, "its base") for recipe in bases if _fits(store, recipe, source))]
     choices = [
-        _Choice(Recipe("exl2", VERSION, options, inputs | {"measurement": recipe.name}), recipe, whose)
+        _Choice(
+            Recipe("exl2", VERSION, options, inputs | {"measurement": recipe.name}, settings=settings), recipe, whose
+        )
         for recipe, whose in measurements
     ]
     done = (choice for choice in choices if store.find(choice.recipe))
@@ -277,10 +285,13 @@ def _inputs(model: Model, source: Checkpoint) -> dict[str, Any]:
 def _measurement_recipe(config: Config, inputs: dict[str, Any], length: int) -> Recipe:
     """The recipe of the model's own measurement: the model and the calibration, no bits."""
     options: dict[str, Any] = {"length": length}
+    file = None
     if calibration := Calibration.of(config, length):
         options["rows"] = calibration.rows
         inputs = inputs | {"calibration": calibration.identity()}
-    return Recipe("measurement", VERSION, options, inputs)
+        file = str(calibration.file)
+    settings = {f"quant.calibration.{name}": value for name, value in ({"file": file, "rows": None} | options).items()}
+    return Recipe("measurement", VERSION, options, inputs, settings=settings | {"quant.measurement": None})
 
 
 def _measured(store: Store, work: _Work, choice: _Choice, made: list[tuple[Artifact, bool]]) -> Path:

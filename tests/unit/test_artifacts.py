@@ -166,6 +166,25 @@ def test_an_unfinished_build_of_files_that_changed_since_is_named(store: Store) 
     assert store.outdated(replace(now, stage="convert")) is None
 
 
+def test_an_unfinished_build_has_its_recipe_as_long_as_that_is_whole(store: Store) -> None:
+    recipe = replace(RECIPE, sources=("/data/base",), settings={"quant.bits": 4.0, "quant.measurement": None})
+    assert recipe.name == RECIPE.name  # for a person only
+    with pytest.raises(StageError):
+        build(store, recipe, make=fails)
+    partial = store.root / f"{recipe.name}.partial"
+    assert list(store.unfinished()) == [(partial, recipe)]
+    (store.root / "merge-0123.partial").mkdir()
+    with store._lock(recipe.name, lambda: None):  # a running process is at it
+        assert list(store.unfinished()) == []
+    said = json.loads((partial / RECIPE_NAME).read_text())
+    for damage in ({"stage": "exl2"}, {"sources": 7}, {"settings": [1]}, {"more": 1}, {"inputs": []}):
+        (partial / RECIPE_NAME).write_text(json.dumps(said | damage))
+        assert list(store.unfinished()) == []
+    for text in ("{", "[]"):
+        (partial / RECIPE_NAME).write_text(text)
+        assert list(store.unfinished()) == []
+
+
 @pytest.mark.parametrize(
     ("old", "new", "names"),
     [

@@ -505,6 +505,81 @@ def test_a_job_of_other_bits_is_not_gone_on_with(
     assert bench.quantize(6.0).artifacts[-1].manifest["report"]["bits"] == 6.0
 
 
+def killed(bench: Bench, monkeypatch: pytest.MonkeyPatch, bits: float, *options: str) -> str:
+    """Kills a conversion in its second module; the name of what it leaves."""
+    before = set((bench.folder / "store").glob("*.partial"))
+    monkeypatch.setenv("FAKE_FAULT", "kill working 2")
+    with pytest.raises(StageError, match="was killed by signal 9"):
+        bench.quantize(bits, *options)
+    monkeypatch.delenv("FAKE_FAULT")
+    [left] = set((bench.folder / "store").glob("*.partial")) - before
+    return left.name
+
+
+def left_behind(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """Which interrupted ones are said not to be continued -> why, and what to type."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if " is not continued: " in line]
+    return {line.partition(": ")[2].partition(" (")[0]: line.partition(") ")[2] for line in lines}
+
+
+def removes(name: str) -> str:
+    return f"task=artifacts artifacts.action=prune artifacts.name={name} removes it"
+
+
+def test_interrupted_ones_with_other_settings_are_named(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measuring = killed(bench, monkeypatch, 4.0, "quant.calibration.length=1024")
+    assert left_behind(capsys) == {}
+    bench.quantize()
+    assert left_behind(capsys) == {
+        measuring: "was begun with quant.calibration.length=1024 (now 2048); the same command with "
+        f"quant.calibration.length=1024 goes on with it, {removes(measuring)}"
+    }
+    six = killed(bench, monkeypatch, 6.0)
+    head = killed(bench, monkeypatch, 5.5, "quant.head_bits=8")
+    assert set(left_behind(capsys)) == {measuring, six}
+    bench.source = write_headers(bench.folder / "other", Llama(layers=2, vocab=512))  # another model
+    (bench.source / "tokenizer.json").write_text("{}")
+    monkeypatch.setenv("FAKE_FAULT", "kill working 2")
+    with pytest.raises(StageError, match="was killed by signal 9"):
+        bench.quantize()
+    assert left_behind(capsys) == {}
+    monkeypatch.delenv("FAKE_FAULT")
+    bench.source = bench.folder / "model"
+    with Store(bench.folder / "store")._lock(measuring, lambda: None):  # another run has gone on with it
+        bench.quantize(5.5)
+    assert left_behind(capsys) == {
+        six: "was begun with quant.bits=6 (now 5.5); the same command with quant.bits=6 goes on with it, "
+        f"{removes(six)}",
+        head: "was begun with quant.head_bits=8 (now 6); the same command with quant.head_bits=8 goes on with it, "
+        f"{removes(head)}",
+    }
+    bench.quantize(5.5)  # that is there: nothing is begun
+    assert left_behind(capsys) == {}
+    bench.quantize(6.0)
+    assert "quantizing to 6 bits: going on where an earlier run stopped (quant)" in capsys.readouterr().err
+    artifacts(bench.config("artifacts.action=prune", f"artifacts.name={head}"), bench.run)
+    assert not (bench.folder / "store" / head).exists()
+
+
+def test_an_interrupted_one_with_other_files_is_named(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = bench.folder / "my measurement.json"
+    file.write_text(json.dumps(measurement(SHAPE)))
+    given = f"quant.measurement={file}"
+    name = killed(bench, monkeypatch, 4.0, given)
+    bench.quantize(5.0)
+    assert left_behind(capsys) == {
+        name: f"was begun with quant.measurement={file} (now null), quant.bits=4 (now 5); the same command with "
+        f"'quant.measurement={file}' quant.bits=4 goes on with it, {removes(name)}"
+    }
+    file.write_text(json.dumps(measurement(SHAPE), indent=1))
+    bench.quantize(4.0, given)
+    assert left_behind(capsys) == {name: f"was begun with files, or by a version, that are others now; {removes(name)}"}
+
+
 def interrupted_at(done: float) -> Any:
     """A progress that stands for a Ctrl-C when so much is done."""
     from contextlib import contextmanager
