@@ -23,7 +23,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,16 @@ class Store:
                 raise _stage_error(error, partial) from error
             finally:
                 _remove_unused(partial)
+
+    def with_report(self, artifact: Artifact, report: dict[str, Any]) -> Artifact:
+        """An artifact with another report, which its manifest gets too where it can be written. Its files stay."""
+        changed = replace(artifact, manifest={**artifact.manifest, "report": report})
+        try:
+            with self._lock(artifact.name, waiting=lambda: None):
+                write_json(artifact.path / MANIFEST, changed.manifest)
+        except (OSError, RequestError) as error:  # a store of somebody else's, read-only
+            log.info("%s keeps its report: %s", artifact.path, error)
+        return changed
 
     def to_write(self, recipe: Recipe, needed: int) -> int:
         """Bytes more that the disk needs to build an artifact of `needed` bytes; 0 where it is there."""

@@ -39,7 +39,7 @@ from orchestrator.report.console import console, note, size
 from orchestrator.report.tables import fitting, hardware_line, held_lines, margin_line, model_line, plan_table
 from orchestrator.runfolder import RunFolder
 from orchestrator.tasks.gpus import leased
-from orchestrator.tasks.record import keep, keep_out_of_memory, memory, with_use
+from orchestrator.tasks.record import keep, keep_out_of_memory, memory, record_load, with_use
 from orchestrator.tokenizer import Tokenizer, check_tokenizer
 
 if TYPE_CHECKING:
@@ -410,6 +410,7 @@ def open_session(
             try:
                 ready = engine.wait_ready()
                 loading.close()
+                model = record_load(config, chosen, model, ready)
                 note(f"loaded in {ready.load_s:.1f} s; {_placed(chosen, ready)}, smoke pass finite, warmed up")
                 yield Session(planned, chosen, model, engine, ready, tokenizer, watch)
             except OutOfMemoryError:
