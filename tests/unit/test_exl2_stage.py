@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -30,7 +31,7 @@ from orchestrator.pipeline import Model, Source, disk_needs, prepare
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages import converter, exl2
 from orchestrator.stages.exl2_log import overflow
-from orchestrator.stages.exl2_measurement import expected_bits, judge_measurement
+from orchestrator.stages.exl2_measurement import check_fits, expected_bits, judge_measurement
 from orchestrator.stages.exl2_result import NotWhole, judge_model
 from orchestrator.tasks.artifacts import artifacts
 
@@ -684,8 +685,44 @@ def test_the_judge_of_files(tmp_path: Path) -> None:
     with pytest.raises(NotWhole, match="wrote no measurement"):
         judge_measurement(tmp_path / "nothing.json", source)
     (tmp_path / "half.json").write_text('{"measurement": {')
-    with pytest.raises(NotWhole, match="cannot be read"):
+    with pytest.raises(NotWhole, match="can be read: it is not JSON"):
         judge_measurement(tmp_path / "half.json", source)
+
+
+def _changed(**of_an_option: Any) -> str:
+    """A measurement whose second option of the first MLP, or that option's first linear, says something else."""
+    value = measurement(SHAPE)
+    options = value["measurement"]["model.layers.0.mlp"]
+    total = of_an_option.pop("total_bits", options[1]["total_bits"])
+    options[1]["total_bits"] = total
+    options[0]["up_proj"] |= of_an_option
+    return json.dumps(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it is not JSON"),
+        ("[" * 200_000, "it is not JSON"),
+        ("[]", "no object with measurement and last_module_idx"),
+        ('{"measurement": 5, "last_module_idx": 3}', "no object with measurement"),
+        (_changed(total_bits=None), r"says of an option of model\.layers\.0\.mlp not how many bits it takes"),
+        (_changed(total_bits=math.inf), "not how many bits"),
+        (_changed(total_bits="9"), "not how many bits"),
+        (_changed(group_size={"2": 0}), r"says something else of model\.layers\.0\.mlp than a measurement"),
+        (_changed(bits_prop=[math.inf]), "says something else"),
+        (_changed(bits_prop=[math.nan]), "says something else"),
+        (_changed(bits_prop=[1, 1]), "says something else"),
+        (_changed(scale_bits=math.inf), "says something else"),
+        (_changed(bits=["2"]), "says something else"),
+    ],
+)
+def test_measurements_that_are_none(tmp_path: Path, text: str, message: str) -> None:
+    source = open_checkpoint(write_headers(tmp_path / "source", SHAPE))
+    file = tmp_path / "mine.json"
+    file.write_text(text)
+    with pytest.raises(NotWhole, match=message):
+        check_fits(file, source)
 
 
 def test_errors_in_a_log(tmp_path: Path) -> None:
