@@ -20,9 +20,10 @@ import logging
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class Recipe:
     options: dict[str, Any]
     inputs: dict[str, Any]  # name -> fingerprint
     sources: tuple[str, ...] = ()  # where they lie, for a person: no part of the key
+    settings: dict[str, Any] = field(default_factory=dict)  # key as it is typed -> value: neither
 
     @property
     def name(self) -> str:
@@ -170,11 +172,21 @@ class Store:
             finally:
                 _remove_unused(partial)
 
+    def with_report(self, artifact: Artifact, report: dict[str, Any]) -> Artifact:
+        """An artifact with another report, which its manifest gets too where it can be written. Its files stay."""
+        changed = replace(artifact, manifest={**artifact.manifest, "report": report})
+        try:
+            with self._lock(artifact.name, waiting=lambda: None):
+                write_json(artifact.path / MANIFEST, changed.manifest)
+        except (OSError, RequestError) as error:  # a store of somebody else's, read-only
+            log.info("%s keeps its report: %s", artifact.path, error)
+        return changed
+
     def to_write(self, recipe: Recipe, needed: int) -> int:
         """Bytes more that the disk needs to build an artifact of `needed` bytes; 0 where it is there."""
         if self.find(recipe) is not None:
             return 0
-        return max(0, needed - _size(self.root / f"{recipe.name}.partial"))
+        return max(0, needed - bytes_below(self.root / f"{recipe.name}.partial"))
 
     def finished(self) -> list[Artifact]:
         """The finished artifacts, the last used first."""
@@ -205,16 +217,17 @@ class Store:
 
     def outdated(self, recipe: Recipe) -> tuple[Path, list[str]] | None:
         """An unfinished build of the same sources that cannot be continued, and what changed since it began."""
-        for partial in self.partials():
-            try:
-                begun = json.loads((partial / RECIPE_NAME).read_text(encoding="utf-8"))
-                same = begun["stage"] == recipe.stage and tuple(begun["sources"]) == recipe.sources
-                names = differences(begun["inputs"], recipe.inputs)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                continue
-            if same and recipe.sources and names and partial.name != f"{recipe.name}.partial":
+        for partial, begun in self.unfinished():
+            names = differences(begun.inputs, recipe.inputs)
+            if recipe.sources and (begun.stage, begun.sources) == (recipe.stage, recipe.sources) and names:
                 return partial, names
         return None
+
+    def unfinished(self) -> Iterator[tuple[Path, Recipe]]:
+        """Unfinished builds that no running process holds, with their recipes; not those whose recipe is damaged."""
+        for partial in self.partials():
+            if (recipe := _begun(partial)) is not None:
+                yield partial, recipe
 
     def remove(self, path: Path, *, only_ask: bool = False) -> bool:
         """Removes an artifact or a partial folder: the manifest first, so that a half-removed one is none.
@@ -304,7 +317,7 @@ class Store:
             ) from None
 
     def _check_room(self, partial: Path, needed: int) -> None:
-        needed -= _size(partial)
+        needed -= bytes_below(partial)
         free = shutil.disk_usage(self.root).free
         if needed > free:
             raise DoesNotFitError(
@@ -339,17 +352,29 @@ class Store:
         return Artifact(final, manifest, files)
 
 
-def _size(folder: Path) -> int:
-    """Bytes of the files in a folder and below it; of links not what they lead to."""
-    total = 0
+def bytes_below(folder: Path) -> int:
+    """Bytes of the files in a folder and below it, of one with several names once; of links not what they lead to."""
+    sizes = {}
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):  # another run removes what it needs no more
-            total += path.lstat().st_size
-    return total
+            status = path.lstat()
+            if not stat.S_ISDIR(status.st_mode):
+                sizes[status.st_dev, status.st_ino] = status.st_size
+    return sum(sizes.values())
 
 
 def _entry(said: dict[str, Any]) -> Entry:
     return Entry(int(said["size"]), str(said["xxh3_128"]), int(said["mtime_ns"]))
+
+
+def _begun(partial: Path) -> Recipe | None:
+    """The recipe of an unfinished build; None where it is damaged."""
+    try:
+        said = json.loads((partial / RECIPE_NAME).read_text(encoding="utf-8"))
+        recipe = Recipe(**{**said, "sources": tuple(said["sources"]), "settings": dict(said.get("settings", {}))})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return recipe if partial.name == f"{recipe.name}.partial" else None
 
 
 def _harm(path: Path, entry: Entry) -> str:

@@ -129,6 +129,7 @@ class GenerationConfig:
     top_p: float = 1.0
     seed: int = 0
     stop: list[str] = field(default_factory=list)
+    stop_tokens: list[int] = field(default_factory=list)  # ids, beside the model's own end tokens
 
 
 @dataclass

@@ -215,6 +215,9 @@ step, done = ("measure_quant", "last_module_idx") if args.om else ("quant", "q_l
 def save():
     job_file.write_text(json.dumps(job))
 
+def status(stage, completion):
+    print('[STATUS]' + json.dumps({"stage": stage, "completion": completion}) + '[/STATUS]')
+
 def point(*moment):
     if kill.split() == list(map(str, moment)):
         if moment[0] == "half":
@@ -235,7 +238,7 @@ if job["progress"] == "begin":
 if fault == "half":
     job_file.write_text('{"in_dir": ')
 for part in (0, 0.5):
-    print('[STATUS]' + json.dumps({"stage": "Quantizing", "completion": part}) + '[/STATUS]')
+    status("Embeddings", part)
     time.sleep(0.3)
 if fault == "nothing":
     print(" ## Error: 7 is not a supported option for head layer bitrate")
@@ -264,7 +267,9 @@ if job["progress"] == step:
     index = job.get(done, 0)
     assert np.frombuffer(states.read_bytes()[-8:], np.float16)[0] == index, "the states are of another module"
     while index < 3:
+        status("Measuring" if args.om else "Quantizing", index / 4)
         index += 1
+        print(f" -- Layer: model.layers.{index // 2} ({('MLP', 'Attention')[index % 2]})")
         print("module", index)
         point("working", index)
         write_states(temp, index)
@@ -279,6 +284,7 @@ if job["progress"] == step:
         point("half", index)
         save()
         time.sleep(0.7 if kill else 0)  # three minutes to the next one
+    status("Measuring" if args.om else "Quantizing", 1.0)
     job["progress"] = "compile"
 shape = Llama(layers=2)
 if args.om:
@@ -310,14 +316,14 @@ class DataFrame:
 
     def to_parquet(self, file, engine):
         with open(file, "w") as out:
-            json.dump(self.columns, out)
+            out.write(f"PAR1{json.dumps(self.columns)}PAR1")
 
     def itertuples(self, index):
         return zip(*self.columns.values())
 
 def read_parquet(file, engine):
     with open(file) as lines:
-        return DataFrame(json.load(lines))
+        return DataFrame(json.loads(lines.read().removeprefix("PAR1").removesuffix("PAR1")))
 """
 
 

@@ -16,6 +16,7 @@ SUFFIXES = (".parquet", ".txt", ".jsonl")
 _ROLES = ("system", "user", "assistant", "tool")
 _ANSWERS = ("answer", "completion", "response")  # beside "prompt"
 _PIECE = 4096  # characters
+_MAGIC = b"PAR1"  # at both ends of a .parquet file
 
 Text = str | list[dict[str, str]]  # as it stands, or a conversation
 
@@ -32,8 +33,27 @@ def check_texts(file: Path) -> None:
         raise ConfigError(f"quant.calibration.file={file} is not one of {', '.join(SUFFIXES)}")
     if not file.stat().st_size:
         raise ConfigError(f"quant.calibration.file={file} is empty", "Leave it out for the engine's own texts.")
-    if file.suffix.lower() != ".parquet" and next(texts(file), None) is None:
+    if file.suffix.lower() == ".parquet":
+        _check_parquet(file)
+    elif next(texts(file), None) is None:
         raise ConfigError(f"quant.calibration.file={file} holds no text: only blank lines")
+
+
+def _check_parquet(file: Path) -> None:
+    """Its first and last four bytes: who reads the rest comes later.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        with file.open("rb") as stream:
+            begins = stream.read(len(_MAGIC))
+            stream.seek(max(0, file.stat().st_size - len(_MAGIC)))
+            whole = begins == stream.read() == _MAGIC
+    except OSError as error:
+        raise ConfigError(f"quant.calibration.file={file}: {error.strerror}") from None
+    if not whole:
+        raise ConfigError(f"quant.calibration.file={file} is no whole .parquet file, whatever its name says")
 
 
 def texts(file: Path) -> Iterator[Text]:
@@ -61,6 +81,9 @@ def _line(line: str, where: str) -> Text:
 def _entry(line: str, where: str) -> Text:
     try:
         value = json.loads(line)
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, and no text
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where} holds half of a surrogate pair, which is no character") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not JSON: {error}", f"It takes {_FORMS}.") from None
     value = value if isinstance(value, dict) else {}

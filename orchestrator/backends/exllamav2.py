@@ -240,7 +240,7 @@ class ExLlamaV2Engine:
             max_new_tokens=request.max_tokens,
             gen_settings=_settings(request),
             seed=request.seed,
-            stop_conditions=sorted(self._ends),
+            stop_conditions=sorted(self._ends.union(request.stop_tokens)),
             identifier=request.id,
         )
         self._generator.enqueue(job)

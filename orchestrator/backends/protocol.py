@@ -51,6 +51,7 @@ class Request:
     top_p: float = 1.0
     seed: int | None = None
     stop: list[str] = field(default_factory=list)  # strings: the answer ends before the first of them
+    stop_tokens: list[int] = field(default_factory=list)  # ids that end the answer, beside the model's own end tokens
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Finished:
     """One answer's end. Times are seconds of the engine's own clock."""
 
     id: str
-    reason: str  # "stop" (end token or stop string), "length", "cancelled"
+    reason: str  # "stop" (end token, stop token or stop string), "length", "cancelled"
     prompt_tokens: int
     completion_tokens: int
     queue_s: float  # from submit to the start of its prefill

@@ -35,8 +35,9 @@ class Row:
         self._last = time.monotonic()
         self._first = self._first or self._last
         self.count += 1
-        text = "" if token in ends else self._text.push(token)
-        if token in ends or self._text.stopped:
+        ended = token in ends or token in self.request.stop_tokens
+        text = "" if ended else self._text.push(token)
+        if ended or self._text.stopped:
             return self.finish("stop", token, text)
         if self.count >= self.request.max_tokens:
             return self.finish("length", token, text)
@@ -83,4 +84,6 @@ def problem(request: Request, max_context: int, vocabulary: int) -> str:
     # On a GPU such a token would end the whole process.
     if min(request.tokens) < 0 or max(request.tokens) >= vocabulary:
         return f"the prompt has a token outside of the vocabulary of {vocabulary}"
+    if any(not 0 <= token < vocabulary for token in request.stop_tokens):
+        return f"a stop token is outside of the vocabulary of {vocabulary}"
     return ""

@@ -108,6 +108,8 @@ class Backend:
             some of them; empty: all of it is taken when it loads.
         planned_args: those of its own arguments (backend.engine_args) that the plan decides, or that its adapter
             rests on -> the key of ours that says the same; empty: none does.
+        lacks: "module:function" of what an interpreter lacks that the engine can do without, but not as well ("" for
+            nothing); empty: there is no such thing.
     """
 
     name: str
@@ -130,6 +132,7 @@ class Backend:
     unmerged: str = ""
     grows: str = ""
     planned_args: Mapping[str, str] = field(default_factory=dict)
+    lacks: str = ""
 
     @property
     def known_methods(self) -> tuple[str, ...]:
@@ -306,6 +309,7 @@ BACKENDS: dict[str, Backend] = {
             loads={"exl2": Loads(), "gptq": Loads((4,))},
             unmerged="orchestrator.stages.exl2_adapters:write_adapters",
             planned_args=_EXLLAMAV2_CONFIG,
+            lacks="orchestrator.plan.exl2_attention:lacks",
         ),
     )
 }

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.backends.protocol import Delta, Event, Failed, Finished, LoadPlan, Request, Score, Stats
+from orchestrator.backends.row import problem
 from orchestrator.backends.vllm_rules import batched_tokens, cuda_runtime, thread_binding, utilization
 from orchestrator.errors import EngineError, OrchestratorError, OutOfMemoryError
 
@@ -239,27 +240,12 @@ class VllmEngine:
 
     def submit(self, request: Request) -> None:
         """Queues a request; one that cannot be answered gets its Failed from the next `events`."""
-        problem = self._problem(request)
-        if problem:
+        found = problem(request, self._plan.max_context, self._vocabulary)
+        if found:
             with self._arrived:
-                self._events.append(Failed(request.id, problem))
+                self._events.append(Failed(request.id, found))
         else:
             self._loop.call_soon_threadsafe(self._begin, _Row(request))
-
-    def _problem(self, request: Request) -> str:
-        length = len(request.tokens) + request.max_tokens
-        if not request.tokens:
-            return "the prompt is empty"
-        if request.max_tokens < 1:
-            return f"max_tokens is {request.max_tokens}; at least 1 is needed"
-        if length > self._plan.max_context:
-            return (
-                f"{len(request.tokens)} tokens of prompt and {request.max_tokens} of answer are more than "
-                f"the {self._plan.max_context} of model.max_context"
-            )
-        if min(request.tokens) < 0 or max(request.tokens) >= self._vocabulary:
-            return f"the prompt has a token outside of the vocabulary of {self._vocabulary}"
-        return ""
 
     def cancel(self, request_id: str) -> None:
         """Aborts a request; its Finished("cancelled") comes with the next events."""
@@ -335,6 +321,7 @@ class VllmEngine:
             top_p=request.top_p if request.temperature else 1.0,
             seed=request.seed if request.temperature else None,
             stop=list(request.stop) or None,
+            stop_token_ids=list(request.stop_tokens) or None,
             output_kind=self._deltas,
         )
         async for output in self._llm.generate({"prompt_token_ids": request.tokens}, params, request_id=request.id):

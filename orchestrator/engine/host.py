@@ -27,6 +27,7 @@ from socket import socket
 from typing import cast
 
 from orchestrator.backends.protocol import Delta, Engine, Event, Failed, Finished, LoadPlan, Request, Stats
+from orchestrator.backends.table import BACKENDS
 from orchestrator.engine import wire
 from orchestrator.engine.placement import bytes_per_device, check_placement
 from orchestrator.errors import EngineError, OrchestratorError
@@ -194,7 +195,7 @@ def _start(engine: Engine, plan: LoadPlan, outbox: wire.Sender) -> wire.Ready:
     placement = engine.placement()
     check_placement(plan, placement)
     done(2, "answering a few tokens")
-    _smoke(engine)
+    _smoke(engine, plan)
     done(3, "warming up")
     _generate(engine, "warm-up", min(plan.max_in_flight, _WARM_IN_FLIGHT))
     done(4, "ready")
@@ -202,15 +203,30 @@ def _start(engine: Engine, plan: LoadPlan, outbox: wire.Sender) -> wire.Ready:
     return wire.Ready(bytes_per_device(placement), load, smoke, warm, engine.versions())
 
 
-def _smoke(engine: Engine) -> None:
+def _smoke(engine: Engine, plan: LoadPlan) -> None:
     score = engine.score(_SMOKE_TOKENS, 1)
     numbers = (*score.logprobs, *score.tail, *(p for row in score.top_logprobs for p in row))
     if not all(map(math.isfinite, numbers)):
         raise EngineError(
             "the model gave a probability that is not finite on its first tokens",
-            "Its weights hold NaN, or overflow in this dtype: check the files, or set model.dtype=float32",
+            f"Its weights hold NaN{_or_overflow(plan)}",
         )
     _generate(engine, "smoke", 1)
+
+
+def _or_overflow(plan: LoadPlan) -> str:
+    """What else gives numbers that are not finite, and what to type then: a dtype that this engine has."""
+    files = "check the files (convert.verify=true reads a merge back)"
+    row = BACKENDS.get(plan.backend)
+    if plan.dtype == "float32" or row is None:
+        return f": {files}"
+    overflow = f", or overflow in {plan.dtype}: {files}"
+    if row.dtypes and "float32" not in row.dtypes:
+        other = "backend=bitsandbytes quant.bits=4 on the model before it was quantized"
+        return f"{overflow}, or type {other}: {plan.backend} computes in {' or '.join(row.dtypes)} only"
+    if plan.method in row.half:
+        return f": {files}" if plan.dtype == "bfloat16" else f"{overflow}, or set model.dtype=bfloat16"
+    return f"{overflow}, or set model.dtype=float32{' quant.bits=32' * (plan.method == 'none')}"
 
 
 def _generate(engine: Engine, name: str, count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -69,6 +70,15 @@ def require(backend: Backend, config: Config, device: str) -> str:
             f"Type: {how_to_install(backend, device)}{here}",
         )
     return python
+
+
+def lacking(backend: Backend, python: str) -> str:
+    """What an interpreter lacks that this backend can do without, but not as well, and how to add it; "": nothing."""
+    if not backend.lacks:
+        return ""
+    module, function = backend.lacks.split(":")
+    said: str = getattr(importlib.import_module(module), function)(python)
+    return said
 
 
 def how_to_install(backend: Backend, device: str) -> str:

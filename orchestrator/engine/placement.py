@@ -22,6 +22,24 @@ def bytes_per_device(placement: Placement) -> dict[str, int]:
     return {device: sum(tensors.values()) for device, tensors in placement.items()}
 
 
+def split(planned: dict[str, int], placed: dict[str, int]) -> dict[str, dict[str, int]]:
+    """GPU -> bytes of weights there, by the plan and by the engine, where there are several; else nothing.
+
+    An engine that spreads whole layers itself may decide otherwise than the plan foresaw.
+
+    Args:
+        planned, placed: device -> bytes of weights.
+    """
+    if len(planned) < 2:
+        return {}
+    return {"planned": planned, "engine": {device: placed.get(device, 0) for device in planned}}
+
+
+def differs(planned: int, found: int) -> bool:
+    """More than 2% and 1 MiB apart."""
+    return abs(found - planned) > _TOLERANCE * planned + _SLACK
+
+
 def planned_device(plan: LoadPlan, tensor: str) -> str | None:
     """The device of the longest module path of plan.device_map that holds the tensor; None where none does."""
     paths = [path for path in plan.device_map if not path or tensor == path or tensor.startswith(path + ".")]
@@ -52,7 +70,7 @@ def check_placement(plan: LoadPlan, placement: Placement) -> None:
     actual = bytes_per_device(placement)
     for device, planned in sorted(plan.weights.items()):
         found = sum(actual.get(member, 0) for member in members(device))
-        if abs(found - planned) > _TOLERANCE * planned + _SLACK:
+        if differs(planned, found):
             raise EngineError(
                 f"{device} holds {found:,} bytes of weights, but the plan says {planned:,}: "
                 "the memory model does not describe this checkpoint",

@@ -44,7 +44,8 @@ def detect(config: HardwareConfig, *, planning: bool, artifacts: Path | None = N
     """
     host_total, host_available = host_memory()
     notes: tuple[str, ...] = ()
-    if config.cards is not None and planning:
+    described = config.cards is not None and planning
+    if described:
         gpus = profile_gpus(config)
         # A profile says nothing of a host, nor does the machine that plans: laptops plan for servers.
         host_total = host_available = max(host_total, sum(gpu.total for gpu in gpus))
@@ -64,7 +65,7 @@ def detect(config: HardwareConfig, *, planning: bool, artifacts: Path | None = N
             host_available, more = capped_host(host_total, host_available, config)
         notes += more
     disk = disk_room(artifacts) if artifacts is not None else None
-    return Hardware(config.profile, gpus, host_total, host_available, cpu_count(), notes, disk)
+    return Hardware(config.profile, gpus, host_total, host_available, cpu_count(), notes, disk, described)
 
 
 def _with_leases(gpus: tuple[Gpu, ...], config: HardwareConfig, idle: bool) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:

@@ -98,7 +98,8 @@ class Disk:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A machine. `host_total` and `host_available` are under the cgroups' limits where there are any."""
+    """A machine. `host_total` and `host_available` are under the cgroups' limits where there are any; `described`: a
+    profile stands for it, and nothing that is installed here says anything of it."""
 
     profile: str
     gpus: tuple[Gpu, ...]
@@ -107,6 +108,7 @@ class Hardware:
     cpus: int
     notes: tuple[str, ...] = ()
     disk: Disk | None = None
+    described: bool = False
 
     @property
     def device(self) -> str:

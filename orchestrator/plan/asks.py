@@ -171,6 +171,13 @@ def _dtype(config: Config, backend: Backend, method: str, bits: float, hardware:
     return "bfloat16" if all(gpu.capability >= BF16 for gpu in hardware.gpus) else "float16"
 
 
+def _in(backend: Backend, config: Config) -> str:
+    """The dtypes of an engine that has not every one, where one was asked for."""
+    if config.model.dtype == "auto" or not backend.dtypes:
+        return ""
+    return f", all in {' or '.join(backend.dtypes)}: leave model.dtype out"
+
+
 def _offer(method: str, widths: tuple[float, ...]) -> str:
     """As it is typed where the bare name would be read as "nothing"."""
     return f"{'quant=none' if method == 'none' else method} at {METHODS[method].widths(widths)} bits"
@@ -190,7 +197,7 @@ def nothing_matches(config: Config) -> str:
     asked += ["model.merge=false"] if not config.model.merge else []
     asked += [f"{key}={get(config, key)}" for key in ENGINE_KEYS if get(config, key) is not None]
     have = [
-        f"{b.name} has {', '.join(_offer(m, ws) for m, ws in b.methods.items())}{_loads(b)}"
+        f"{b.name} has {', '.join(_offer(m, ws) for m, ws in b.methods.items())}{_loads(b)}{_in(b, config)}"
         for b in BACKENDS.values()
         if config.backend.name in ("auto", b.name) and (config.model.merge or b.unmerged)
     ]

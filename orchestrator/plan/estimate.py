@@ -10,7 +10,7 @@ from orchestrator.backends.table import BACKENDS
 from orchestrator.calibration import ASKED, Margin, lessened, margins
 from orchestrator.checkpoint.spec import ModelSpec
 from orchestrator.config import Config, changed, folder
-from orchestrator.engine.interpreters import interpreter
+from orchestrator.engine.interpreters import interpreter, lacking
 from orchestrator.hardware import GIB, Hardware
 from orchestrator.plan import offload
 from orchestrator.plan.ranking import IN_FLIGHT, is_short
@@ -24,6 +24,9 @@ def estimate(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> C
     engine's margins keep free is not there for its memory model.
     """
     backend = BACKENDS[ask.backend]
+    python = interpreter(backend, config, hardware.device)
+    if python is not None and hardware.gpus and not hardware.described:
+        ask = replace(ask, lacks=lacking(backend, python))
     kept = margins(folder(config.paths.artifacts), hardware, ask.backend, config.hardware.margin_gib)
     room = lessened(hardware, kept)
     module, function = backend.memory.split(":")
@@ -43,7 +46,7 @@ def estimate(config: Config, spec: ModelSpec, hardware: Hardware, ask: Ask) -> C
     fitting = [candidate for candidate in found if candidate.fits]
     # Where nothing fits, the last try has the reasons that matter: those against the offload, if one was allowed.
     best = max(fitting, key=lambda c: (not is_short(c, goal), *_way(c, goal))) if fitting else found[-1]
-    return replace(_with_margins(best, kept), installed=interpreter(backend, config, hardware.device) is not None)
+    return replace(_with_margins(best, kept), installed=python is not None)
 
 
 def _with_margins(candidate: Candidate, kept: Mapping[str, Margin]) -> Candidate:

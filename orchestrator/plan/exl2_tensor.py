@@ -63,6 +63,8 @@ def refusals(spec: ModelSpec, ask: Ask, ranks: int, gpus: Sequence[Gpu]) -> Iter
             f"{name}: exllamav2 cuts layers with flash-attn only, which needs compute capability 8.0, and GPU "
             f"{old.index} has {old.capability_text}"
         )
+    elif ask.lacks:
+        yield f"{name}: exllamav2 cuts layers with flash-attn only; {ask.lacks}"
     if spec.architecture not in CUT_BY_EXLLAMAV2:
         yield f"{name}: exllamav2 cuts the layers of {', '.join(sorted(CUT_BY_EXLLAMAV2))}, not of {spec.architecture}"
     if ask.method != "exl2":

@@ -41,7 +41,6 @@ from orchestrator.plan.types import Ask, Candidate, DeviceBytes
 
 HOST_RUNTIME = 3000 * MIB  # the engine's process before any weight: CUDA libraries, torch, the extension
 CACHE_BITS = (16, 8, 6, 4)
-_ONE_AT_A_TIME = "one answer at a time: flash-attn, for several, needs compute capability 8.0"
 _QUERY = 8  # tokens per sequence that the generator keeps logits for, in host memory
 
 
@@ -74,7 +73,7 @@ def estimate(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
         ConfigError: a setting of the engine's that it cannot have.
     """
     settings = _Settings.read(ask, hardware)
-    if _one_at_a_time(hardware):
+    if _one_at_a_time(hardware, ask):
         ask = replace(ask, max_in_flight=1)
     wanted = ask.max_context if ask.max_context is not None else min(ask.goal, spec.max_context)
     best = _place(spec, hardware, ask, settings, wanted)
@@ -91,9 +90,11 @@ def estimate(spec: ModelSpec, hardware: Hardware, ask: Ask) -> Candidate:
     return best
 
 
-def _one_at_a_time(hardware: Hardware) -> bool:
-    """Without flash-attn there is no paged cache, and no room but for one sequence."""
-    return any(gpu.capability < FLASH_CAPABILITY for gpu in hardware.gpus)
+def _one_at_a_time(hardware: Hardware, ask: Ask) -> str:
+    """Without flash-attn there is no paged cache, and no room but for one sequence: why; "" where there is."""
+    if any(gpu.capability < FLASH_CAPABILITY for gpu in hardware.gpus):
+        return "one answer at a time: flash-attn, for several, needs compute capability 8.0"
+    return f"one answer at a time: {ask.lacks}" if ask.lacks else ""
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _split(value: Any, hardware: Hardware) -> tuple[float, ...]:
         return ()
     if not isinstance(value, list | tuple) or not value or not all(_is_size(x) for x in value):
         raise ConfigError(
-            f"parallel.gpu_split={value} is neither auto nor a list of GiB", "Type: 'parallel.gpu_split=[22,24]'"
+            f"parallel.gpu_split={value} is neither auto nor a list of GiB", "Type: 'parallel.gpu_split=[18,18]'"
         )
     if min(value) < 0 or not any(value):
         what = "a GPU cannot take less than 0 GiB" if any(value) else "no GPU gets any"
@@ -246,7 +247,7 @@ def _layers_whole(spec: ModelSpec, hardware: Hardware, ask: Ask, settings: _Sett
         gpu_split=split,
         cache_bits=settings.cache_bits,
         adapter_bytes=adapters,
-        notes=(_ONE_AT_A_TIME,) * _one_at_a_time(hardware),
+        notes=tuple(filter(None, [_one_at_a_time(hardware, ask)])),
     )
 
 

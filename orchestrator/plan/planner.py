@@ -8,7 +8,7 @@ from dataclasses import replace
 from orchestrator.backends.known_models import counted, tried
 from orchestrator.backends.table import BACKENDS
 from orchestrator.checkpoint.spec import ModelSpec
-from orchestrator.config import Config
+from orchestrator.config import Config, changed
 from orchestrator.engine.interpreters import require
 from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError
 from orchestrator.hardware import BF16, Hardware
@@ -61,6 +61,7 @@ def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
         *_untried(candidates, spec),
         *hardware.notes,
         *_dtype_notes(config, candidates[0], hardware),
+        *_split_notes(config, spec, hardware, candidates[0]),
     )
     ways = () if candidates[0].fits else changes(config, spec, hardware)
     return Plan(candidates[0], tuple(candidates), notes, hardware, ways)
@@ -126,6 +127,22 @@ def _check_context(config: Config, spec: ModelSpec) -> None:
         raise ConfigError(
             f"model.max_context={asked} is more than the {spec.max_context} tokens that this model was made for",
             f"Set model.max_context={spec.max_context} or less.",
+        )
+
+
+def _split_notes(config: Config, spec: ModelSpec, hardware: Hardware, chosen: Candidate) -> Iterator[str]:
+    """A split by hand says how much of the layers a GPU gets; their cache comes on top, and may find little room."""
+    if not chosen.gpu_split or not chosen.fits or chosen.max_context >= goal_of(config, spec):
+        return
+    by_itself = changed(config, {"parallel.gpu_split": None})
+    asks = [ask for ask in asks_of(by_itself, spec, hardware) if ask.bits == chosen.bits]
+    same = [estimate(by_itself, spec, hardware, ask) for ask in asks]
+    most = max((c.max_context for c in same if c.fits and c.backend == chosen.backend), default=0)
+    if most > chosen.max_context:
+        said = ",".join(f"{share:g}" for share in config.parallel.gpu_split)
+        yield (
+            f"parallel.gpu_split=[{said}] leaves a context of {chosen.max_context}: a share is of layers, and their "
+            f"cache comes on top of it. Give the first GPUs less, or type parallel.gpu_split=auto, which has {most}."
         )
 
 

@@ -59,6 +59,7 @@ class Ask:
         max_in_flight: sequences at a time.
         settings: the engine-specific keys of the configuration that were set ("cache.bits": 8, ...).
         engine_args: backend.engine_args, which the engine gets as they are.
+        lacks: what its interpreter on this machine lacks (Backend.lacks); "": nothing that is known of.
     """
 
     backend: str
@@ -71,6 +72,7 @@ class Ask:
     max_in_flight: int
     settings: dict[str, Any] = field(default_factory=dict)
     engine_args: dict[str, Any] = field(default_factory=dict)
+    lacks: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from rich.progress import ProgressColumn, Task
 
 Progress = Callable[[int, int, str], None]  # done, total (bytes), what is being worked on
-Steps = Callable[[float, str], None]  # done (0 to 1), of which step
+Steps = Callable[[float, str, str, float | None], None]  # done (0 to 1), of what, its part, seconds left
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _BAR = 20  # columns: with the numbers and a name it fits into 80
+_STEPS_BAR = 10  # beside a longer title, and the names of modules
 
 
 def console(stream: Any = None) -> Console:
@@ -57,6 +58,14 @@ def size(count: float) -> str:
     raise AssertionError("unreachable")
 
 
+def span(seconds: float) -> str:
+    """A time as a person reads it: 45s, 14m, 2h 05m."""
+    if seconds < 59.5:
+        return f"{seconds:.0f}s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m"
+
+
 def note(text: str) -> None:
     """One line for the person."""
     console().print(text, markup=False, soft_wrap=True)
@@ -85,13 +94,26 @@ def steps(title: str) -> Iterator[Steps]:
     if not out.is_terminal:
         yield _step_lines(title)
         return
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(_BAR), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(_STEPS_BAR), TaskProgressColumn(), _time_column())
     with Bar(*columns, _what_column(), console=out) as bar:
-        task = bar.add_task(title, total=1.0, what="")
-        yield lambda done, what: bar.update(task, completed=done, what=what)
+        task = bar.add_task(title, total=1.0, what="", left=None)
+        yield lambda done, what, module, left: bar.update(task, completed=done, what=module or what, left=left)
+
+
+def _time_column() -> ProgressColumn:
+    """What is left of the time, as it was given; until it is known, what has gone by."""
+    from rich.progress import TimeElapsedColumn
+    from rich.text import Text
+
+    class Time(TimeElapsedColumn):
+        def render(self, task: Task) -> Text:
+            left = task.fields["left"]
+            return super().render(task) if left is None else Text(f"{span(left)} left", "progress.remaining")
+
+    return Time()
 
 
 def _what_column() -> ProgressColumn:
@@ -108,13 +130,15 @@ def _what_column() -> ProgressColumn:
 
 
 def _step_lines(title: str) -> Steps:
-    last, said = time.monotonic(), ""
+    last, said = time.monotonic(), ("", False)
 
-    def show(done: float, what: str) -> None:
+    def show(done: float, what: str, module: str, left: float | None) -> None:
         nonlocal last, said
-        if what != said or time.monotonic() - last > 60:
-            last, said = time.monotonic(), what
-            print(f"{title}: {what}, {done:.0%}", file=sys.stderr, flush=True)
+        news = what != said[0] or (bool(module) and not said[1])  # a step, or its first module
+        if news or time.monotonic() - last > 60:
+            last, said = time.monotonic(), (what, bool(module))
+            more = [module] * bool(module) + ([] if left is None else [f"{span(left)} left"])
+            print(f"{title}: {', '.join([what, f'{done:.0%}', *more])}", file=sys.stderr, flush=True)
 
     return show
 

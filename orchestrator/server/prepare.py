@@ -53,6 +53,7 @@ def engine_request(model: ServedModel, body: ChatRequest | CompletionRequest, na
         ConfigError: the chat template refuses the messages.
     """
     param = "messages" if isinstance(body, ChatRequest) else "prompt"
+    _check_tokens(model, body.stop_token_ids or [], "stop_token_ids")
     tokens = _tokens(model, body)
     if not tokens:
         raise ParameterError(f"{param} gives no tokens", param, "invalid_value")
@@ -74,6 +75,7 @@ def engine_request(model: ServedModel, body: ChatRequest | CompletionRequest, na
         top_p=default.top_p if body.top_p is None else body.top_p,
         seed=(default.seed + number) % 2**63 if body.seed is None else body.seed,
         stop=list(default.stop) if body.stop is None else body.stop,
+        stop_tokens=list(default.stop_tokens) if body.stop_token_ids is None else body.stop_token_ids,
     )
 
 
@@ -82,9 +84,11 @@ def _tokens(model: ServedModel, body: ChatRequest | CompletionRequest) -> list[i
         return model.tokenizer.encode(body.conversation)
     if isinstance(body.prompt, str):
         return model.tokenizer.encode_prompt(body.prompt)
-    wrong = next((token for token in body.prompt if not 0 <= token < model.vocab), None)
-    if wrong is not None:  # a GPU would stop at it, with all requests that are in flight
-        raise ParameterError(
-            f"{wrong} is not a token id: the model has 0 to {model.vocab - 1}", "prompt", "invalid_value"
-        )
+    _check_tokens(model, body.prompt, "prompt")  # a GPU would stop at it, with all requests that are in flight
     return body.prompt
+
+
+def _check_tokens(model: ServedModel, tokens: list[int], param: str) -> None:
+    wrong = next((token for token in tokens if not 0 <= token < model.vocab), None)
+    if wrong is not None:
+        raise ParameterError(f"{wrong} is not a token id: the model has 0 to {model.vocab - 1}", param, "invalid_value")

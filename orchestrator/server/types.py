@@ -64,6 +64,7 @@ class Generation(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: list[Text] | None = None
+    stop_token_ids: list[int] | None = None  # as vLLM's own server has it: beside the model's end tokens
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -91,6 +92,13 @@ class Generation(BaseModel):
         if stops is not None and not (isinstance(stops, list) and all(isinstance(s, str) and s for s in stops)):
             raise ValueError("is a text or a list of texts, none of them empty")
         return stops
+
+    @field_validator("stop_token_ids", mode="before")
+    @classmethod
+    def _stop_tokens(cls, value: Any) -> Any:
+        if value is not None and not (isinstance(value, list) and all(type(t) is int and t >= 0 for t in value)):
+            raise ValueError("is a list of token ids")
+        return value
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Generation:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from socket import socketpair
 from typing import Any
@@ -13,16 +15,36 @@ from typing import Any
 from orchestrator.engine.process import ChildProcess, child_environment
 from orchestrator.errors import DoesNotFitError, EngineUnavailableError, StageError
 
-OnStatus = Callable[[str, float], None]  # the stage's name, how much of it is done (0 to 1)
+
+@dataclass(frozen=True)
+class Status:
+    """Where a converter is.
+
+    Attributes:
+        stage: as it calls it itself.
+        done: how much of the stage, 0 to 1.
+        module: the one that it works on; "" where it names none.
+        left_s: seconds until the stage's last module is done; None: not known (yet).
+    """
+
+    stage: str
+    done: float
+    module: str = ""
+    left_s: float | None = None
+
+
+OnStatus = Callable[[Status], None]
 
 _CHILD = Path(__file__).with_name("converter_child.py")
-_STATUS = re.compile(rb"\[STATUS\](\{.*?\})\[/STATUS\]")
+# Of exllamav2: "[STATUS]{...}[/STATUS]", and then " -- Layer: model.layers.3 (MLP)" once the module is loaded.
+_PROGRESS = re.compile(rb"\[STATUS\](\{.*?\})\[/STATUS\]|^ -- Layer: (.+)$", re.MULTILINE)
 # Of exllamav2: " ## ..." and " ** ..."; of Python: the last line of a traceback.
 _ERROR = re.compile(
     r"^\s*(?:##|\*\* Error:)\s*(\S.*)$|^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt)\b.*)$"
 )
 _FULL = ("OutOfMemoryError", "out of memory")
 _POLL_S = 0.25
+_STEPS = 2  # modules that were done before it is said how long the others will take
 _TAIL_BYTES = 1 << 18
 _MAX_ERROR = 300
 
@@ -81,16 +103,18 @@ def convert(
 
 
 class _Statuses:
-    """The status lines of a growing log."""
+    """The progress that a growing log tells."""
 
     def __init__(self, log: Path, start: int, on_status: OnStatus) -> None:
         self._log = log
         self._at = start
         self._on_status = on_status
         self._rest = b""
+        self._now = Status("", 0.0)
+        self._pace = _Pace(0.0, 0.0)
 
     def read(self) -> None:
-        """Reports the last status line since the previous call, if there is one."""
+        """Reports where the converter is, if it has gone on since the previous call."""
         try:
             with self._log.open("rb") as file:
                 file.seek(self._at)
@@ -99,14 +123,55 @@ class _Statuses:
             return
         self._at += len(data)
         lines, _, self._rest = (self._rest + data).rpartition(b"\n")
-        found = _STATUS.findall(lines)
-        if not found:
-            return
+        clock = time.monotonic()
+        gone_on = [self._take(found[1], found[2], clock) for found in _PROGRESS.finditer(lines)]
+        if any(gone_on):
+            self._on_status(self._now)
+
+    def _take(self, status: bytes | None, module: bytes | None, clock: float) -> bool:
+        """Takes in one line; whether it is to be reported: between two modules, the next one's name is yet to come."""
+        if module is not None:
+            self._now = Status(self._now.stage, self._now.done, module.decode(errors="replace"), self._pace.left_s)
+            return True
         try:
-            status: dict[str, Any] = json.loads(found[-1])
-            self._on_status(str(status["stage"]), min(1.0, max(0.0, float(status["completion"]))))
+            said: dict[str, Any] = json.loads(status or b"")
+            stage, done = str(said["stage"]), min(1.0, max(0.0, float(said["completion"])))
         except (ValueError, KeyError, TypeError):
-            return  # a line that only looks like one
+            return False  # a line that only looks like one
+        same = stage == self._now.stage
+        if not same:
+            self._pace = _Pace(clock, done)
+        self._pace.step(clock, done)
+        module_follows = same and bool(self._now.module) and done < 1
+        self._now = Status(stage, done, self._now.module if module_follows else "")
+        return not module_follows
+
+
+class _Pace:
+    """How long a stage goes on, by its modules in this run: what an earlier run has done took this one no time.
+
+    Args:
+        clock: seconds, when the stage began or was gone on with.
+        done: how much of it there was then.
+    """
+
+    def __init__(self, clock: float, done: float) -> None:
+        self._begun = self._last = (clock, done)
+        self._steps = 0
+
+    def step(self, clock: float, done: float) -> None:
+        """Notes how much is done now."""
+        if done > self._last[1]:
+            self._steps += 1
+            self._last = (clock, done)
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds; None before there is one of each kind: an attention and an MLP take unlike times."""
+        seconds, done = (now - then for now, then in zip(self._last, self._begun, strict=True))
+        if self._steps < _STEPS or seconds <= 0:
+            return None
+        return (1 - self._last[1]) * seconds / done
 
 
 class Failure:

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from orchestrator.checkpoint.trust import shown
 from orchestrator.config import Config, folder
 from orchestrator.engine.cuda_build import require_build
 from orchestrator.engine.interpreters import require
-from orchestrator.errors import ConfigError, EngineUnavailableError, StageError
+from orchestrator.errors import ConfigError, EngineUnavailableError, OutputError, StageError
 from orchestrator.hardware import child_devices, nvml_gpus
 from orchestrator.pipeline import Model, is_exl2
 from orchestrator.plan.disk import Part
@@ -42,7 +42,8 @@ from orchestrator.plan.exl2_sizes import head_file_bytes, pad32
 from orchestrator.plan.types import Candidate
 from orchestrator.report.console import note, size, steps
 from orchestrator.runfolder import RunFolder
-from orchestrator.stages.converter import Failure, convert
+from orchestrator.stages.converter import Failure, OnStatus, Status, convert
+from orchestrator.stages.exl2_begun import left_behind
 from orchestrator.stages.exl2_calibration import Calibration, file_identity
 from orchestrator.stages.exl2_gpu import leased_gpu, needed
 from orchestrator.stages.exl2_job import Record
@@ -118,6 +119,8 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
         if calibration:
             calibration.check(source.path, python)
         work = _Work(config, source, chosen, run, python, length, calibration)
+        for line in left_behind(store, choice.recipe, choice.measurement):
+            note(line)
         measured = _measured(store, work, choice, made)
         make = partial(_quantize, work, measurement=measured, whose=choice.whose)
         _, most = _model_bytes(source, chosen.bits, work.head_bits)
@@ -183,14 +186,19 @@ def _choose(
     """
     options: dict[str, Any] = {"bits": bits, "head_bits": config.quant.head_bits or _HEAD_BITS}
     own = _measurement_recipe(config, inputs, length)
+    settings = own.settings | {f"quant.{name}": value for name, value in options.items()}
     if config.quant.measurement is not None:
+        settings["quant.measurement"] = str(folder(config.quant.measurement))
         # The key of a measurement of ours says the calibration; of a file it has to be said beside it.
         given = own.inputs | {"measurement": file_identity(folder(config.quant.measurement))}
-        return _Choice(Recipe("exl2", VERSION, options | own.options, given), None, "a file of the user's")
+        recipe = Recipe("exl2", VERSION, options | own.options, given, settings=settings)
+        return _Choice(recipe, None, "a file of the user's")
     bases = base_measurements(store, own, inputs["model"])
     measurements = [(own, _OWN), *((recipe, "its base") for recipe in bases if _fits(store, recipe, source))]
     choices = [
-        _Choice(Recipe("exl2", VERSION, options, inputs | {"measurement": recipe.name}), recipe, whose)
+        _Choice(
+            Recipe("exl2", VERSION, options, inputs | {"measurement": recipe.name}, settings=settings), recipe, whose
+        )
         for recipe, whose in measurements
     ]
     done = (choice for choice in choices if store.find(choice.recipe))
@@ -279,10 +287,13 @@ def _inputs(model: Model, source: Checkpoint) -> dict[str, Any]:
 def _measurement_recipe(config: Config, inputs: dict[str, Any], length: int) -> Recipe:
     """The recipe of the model's own measurement: the model and the calibration, no bits."""
     options: dict[str, Any] = {"length": length}
+    file = None
     if calibration := Calibration.of(config, length):
         options["rows"] = calibration.rows
         inputs = inputs | {"calibration": calibration.identity()}
-    return Recipe("measurement", VERSION, options, inputs)
+        file = str(calibration.file)
+    settings = {f"quant.calibration.{name}": value for name, value in ({"file": file, "rows": None} | options).items()}
+    return Recipe("measurement", VERSION, options, inputs, settings=settings | {"quant.measurement": None})
 
 
 def _measured(store: Store, work: _Work, choice: _Choice, made: list[tuple[Artifact, bool]]) -> Path:
@@ -477,20 +488,30 @@ def _link_input(source: Checkpoint, where: Path) -> None:
 
 
 @contextmanager
-def _progress(run: RunFolder, title: str) -> Iterator[Callable[[str, float], None]]:
-    """The converter's status lines as a bar, and in status.json."""
+def _progress(run: RunFolder, title: str) -> Iterator[OnStatus]:
+    """Where the converter is as a bar, and in status.json: stage, completion (0 to 1), module, eta_s (seconds)."""
+    last: dict[str, Any] = {"stage": None, "completion": 0.0, "module": None, "eta_s": None}
     said = 0.0
-    run.status(title)
+    run.status(title, **last)
     with steps(title) as show:
 
-        def on_status(stage: str, done: float) -> None:
-            nonlocal said
-            show(done, stage)
-            if time.monotonic() - said > _STATUS_S:
+        def on_status(status: Status) -> None:
+            nonlocal said, last
+            show(status.done, status.stage, status.module, status.left_s)
+            left = None if status.left_s is None else round(status.left_s, 1)
+            now = {"stage": status.stage, "completion": status.done, "module": status.module or None, "eta_s": left}
+            # A module of a large model takes minutes: its first one is not left out for coming soon after the stage.
+            news = (now["stage"], now["module"] is None) != (last["stage"], last["module"] is None)
+            last = now
+            if news or time.monotonic() - said > _STATUS_S:
                 said = time.monotonic()
-                run.status(title, stage=stage, completion=done)
+                run.status(title, **last)
 
-        yield on_status
+        try:
+            yield on_status
+        finally:  # where it ended, and no time left, whatever comes now
+            with suppress(OutputError):
+                run.status(title, **last | {"eta_s": None})
 
 
 def _states_bytes(config: Config, source: Checkpoint, length: int, what: str) -> int:

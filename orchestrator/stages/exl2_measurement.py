@@ -30,17 +30,28 @@ def read_options(file: Path, source: Checkpoint) -> Options:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-        measured, _ = value["measurement"], int(value["last_module_idx"])
-        options = {name: found for name, found in measured.items() if isinstance(found, list) and found}
     except FileNotFoundError:
         raise NotWhole("wrote no measurement") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NotWhole(f"wrote a measurement that cannot be read ({error!r})") from None
+    except OSError as error:
+        raise NotWhole(f"has no measurement that can be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise NotWhole("has no measurement that can be read: it is not JSON") from None
+    measured = value.get("measurement") if isinstance(value, dict) and "last_module_idx" in value else None
+    if not isinstance(measured, dict):
+        raise NotWhole("has no measurement that can be read: no object with measurement and last_module_idx")
+    options = {name: found for name, found in measured.items() if isinstance(found, list) and found}
     blocks = blocks_of(source)
     missing = sorted(set(blocks) - set(options))
     if missing:
         raise NotWhole(f"measured nothing of {len(missing)} of {len(blocks)} blocks, the first is {missing[0]}")
+    if strange := next((block for block in blocks if not all(map(_is_option, options[block]))), None):
+        raise NotWhole(f"says of an option of {strange} not how many bits it takes")
     return {block: options[block] for block in blocks}
+
+
+def _is_option(value: Any) -> bool:
+    bits = value.get("total_bits") if isinstance(value, dict) else None
+    return isinstance(bits, int | float) and not isinstance(bits, bool) and math.isfinite(bits) and bits > 0
 
 
 def judge_measurement(file: Path, source: Checkpoint) -> dict[str, Any]:
@@ -69,8 +80,8 @@ def check_fits(file: Path, source: Checkpoint) -> None:
         try:
             wanted = sum(option_bits(options[0][name], shape) for name, shape in blocks[block].items())
             said = int(options[0]["total_bits"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise NotWhole(f"says something else of {block} than a measurement does ({error!r})") from None
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+            raise NotWhole(f"says something else of {block} than a measurement of such a model does") from None
         biases = sum(16 * pad32(out) for out, _ in blocks[block].values())  # counted where a linear has one
         if not 0 <= said - wanted <= biases:
             raise NotWhole(f"was made of a {block} with other shapes")
@@ -90,6 +101,8 @@ def option_bits(option: dict[str, Any], shape: tuple[int, int]) -> int:
     out, rows = pad32(shape[0]), shape[1]
     left, groups, weights = rows, 0, 0
     for bits, share in zip(option["bits"], option["bits_prop"], strict=True):
+        if not 0 < share <= 1:
+            raise ValueError(share)
         size = int(option["group_size"][str(bits)])
         count = math.ceil(min(rows * share, left) / size)
         used = min(count * size, left)

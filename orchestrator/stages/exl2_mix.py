@@ -43,7 +43,11 @@ def check_mix(packed: Mapping[str, Packed], work: Path, measurement: Path, sourc
     _check_target([(options[block], option) for block, option in chosen.items()], bits * weights)
     for block, shapes in blocks_of(source).items():
         for name, shape in shapes.items():
-            _check_linear(packed[f"{block}.{name}"], option_bits(chosen[block][name], shape))
+            try:
+                wanted = option_bits(chosen[block][name], shape)
+            except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+                raise NotWhole(f"chose widths for {block}.{name} that are none") from None
+            _check_linear(packed[f"{block}.{name}"], wanted)
 
 
 def _read(record: Path, options: Options) -> Choice:
@@ -83,10 +87,7 @@ def _check_target(chosen: Sequence[tuple[list[dict[str, Any]], dict[str, Any]]],
 
 
 def _total(option: Mapping[str, Any]) -> int:
-    try:
-        return int(option["total_bits"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise NotWhole(f"measured an option without its bits ({error!r})") from None
+    return int(option["total_bits"])  # which `read_options` has looked at
 
 
 def _check_linear(linear: Packed, wanted: int) -> None:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.artifacts import MANIFEST, Artifact, Store, last_used
+from orchestrator.artifacts import MANIFEST, Artifact, Store, bytes_below, last_used
 from orchestrator.config import Config, did_you_mean, folder
 from orchestrator.errors import RequestError, StageError
 from orchestrator.report.console import console, size
@@ -72,9 +72,9 @@ def _list(config: Config, store: Store, found: _Found, run: RunFolder) -> None:
         source = report.get("source", "") if isinstance(report, dict) else ""
         listed.add_row(artifact.name, short(artifact.size), used, str(source))
     for path in found.damaged:
-        listed.add_row(path.name, short(_bytes(path)), "damaged", "", style="red")
+        listed.add_row(path.name, short(bytes_below(path)), "damaged", "", style="red")
     for path in found.partials:
-        listed.add_row(path.name, short(_bytes(path)), "unfinished", "")
+        listed.add_row(path.name, short(bytes_below(path)), "unfinished", "")
     out = console(sys.stdout)
     out.print(fitting(out.width, listed))
     rows = [{"name": a.name, "bytes": a.size, "last_used": last_used(a)} for a in found.finished]
@@ -116,7 +116,7 @@ def _prune(config: Config, store: Store, found: _Found, run: RunFolder) -> None:
     doomed = [path for path, age in ages.items() if settings.name is not None or age <= oldest]
     removed, used, freed = [], [], 0
     for path in (*doomed, *found.damaged):
-        count = _bytes(path)
+        count = bytes_below(path)
         if not store.remove(path, only_ask=settings.dry_run):
             print(f"kept {path.name}: a run is building or loading it")
             used.append(path.name)
@@ -130,8 +130,5 @@ def _prune(config: Config, store: Store, found: _Found, run: RunFolder) -> None:
 
 def _last_written(partial: Path) -> float:
     """When its build, which the next run may go on with, last wrote anything: seconds since the epoch."""
-    return max(path.stat().st_mtime for path in (partial, *partial.rglob("*")))
-
-
-def _bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.glob("*") if file.is_file())
+    # Of a link itself: the model that a conversion has linked may have gone.
+    return max(path.lstat().st_mtime for path in (partial, *partial.rglob("*")))

@@ -1,4 +1,4 @@
-"""task=convert: the model that an engine would load, without loading it; output.path puts it where it is wanted."""
+"""task=convert: the model that an engine would load; output.path puts it where it is wanted."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from orchestrator.pipeline import Model, Source, disk_needs, is_exl2, merged, pr
 from orchestrator.plan.disk import existing, must_be_writable, must_have_room
 from orchestrator.report.console import note
 from orchestrator.runfolder import RunFolder
+from orchestrator.tasks.proof import load_once
 from orchestrator.tasks.session import bring, has_room, look
 
 _SUFFIX = ".unfinished"  # of the hidden folder in which an output is made
@@ -31,7 +32,10 @@ log = logging.getLogger(__name__)
 def convert(config: Config, run: RunFolder) -> None:
     """Merges and converts; with output.path a folder of the user's gets the files (hard links where possible).
 
+    What an engine's own conversion made is loaded once before that, where a GPU has room for it.
+
     Raises:
+        StageError: a stage failed, or what it made does not load.
         RequestError: output.path is there already and not empty.
         DoesNotFitError: the disk of the store, or of output.path, has no room for the result.
     """
@@ -40,7 +44,7 @@ def convert(config: Config, run: RunFolder) -> None:
         _check_output(output)
 
     with kept():  # from a prune, until it is linked or copied
-        source, model = (_quantized if _is_planned(config) else _merged)(config, run)
+        source, model, not_loaded = (_quantized if _is_planned(config) else _merged)(config, run)
         if output is not None:
             export(model, output)
             note(f"finished model: {output}")
@@ -57,6 +61,7 @@ def convert(config: Config, run: RunFolder) -> None:
             "output": str(output or model.path),
             "artifacts": [{"name": a.name, "built": a.name in model.built} for a in model.artifacts],
             "stages_run": list(model.built),
+            "not_loaded": not_loaded or None,
             "reports": {a.name: a.manifest.get("report") for a in model.artifacts},
         },
     )
@@ -68,8 +73,8 @@ def _is_planned(config: Config) -> bool:
     return bool(asked) or config.quant.bits is not None or config.quant.method != "auto"
 
 
-def _merged(config: Config, run: RunFolder) -> tuple[Source, Model]:
-    """The merged (or converted) model, of any architecture."""
+def _merged(config: Config, run: RunFolder) -> tuple[Source, Model, str]:
+    """The merged (or converted) model, of any architecture; no engine is there to load it."""
 
     def check(source: Source) -> None:
         needs = disk_needs(config, source, None)
@@ -78,11 +83,15 @@ def _merged(config: Config, run: RunFolder) -> tuple[Source, Model]:
 
     config, source = bring(config, check)
     check(source)
-    return source, merged(config, source, run)
+    return source, merged(config, source, run), ""
 
 
-def _quantized(config: Config, run: RunFolder) -> tuple[Source, Model]:
-    """What the engine that the plan chooses would load. For another machine, maybe: it need not fit here."""
+def _quantized(config: Config, run: RunFolder) -> tuple[Source, Model, str]:
+    """What the engine that the plan chooses would load. For another machine, maybe: it need not fit here.
+
+    Returns:
+        What was asked for, the model, and why what was made of it was not loaded here ("" where it was).
+    """
     planned = look(config, planning=True, check=has_room)
     has_room(planned)
     chosen = planned.plan.chosen
@@ -91,7 +100,8 @@ def _quantized(config: Config, run: RunFolder) -> tuple[Source, Model]:
             f"{chosen.backend} quantizes when it loads: what is written is the merged model, "
             f"not {chosen.bits:g} bits (backend=exllamav2 writes those)"
         )
-    return planned.source, prepare(planned.config, planned.source, chosen, run)
+    model, not_loaded = load_once(planned, prepare(planned.config, planned.source, chosen, run), run)
+    return planned.source, model, not_loaded
 
 
 def _check_output(output: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock
@@ -18,7 +19,7 @@ from filelock import FileLock
 from orchestrator.checkpoint.digest import digest
 from orchestrator.config import Config, did_you_mean, folder
 from orchestrator.engine.cuda_build import require_tools
-from orchestrator.engine.interpreters import MANIFEST, Pins, backends_of, interpreter, known
+from orchestrator.engine.interpreters import MANIFEST, Pins, backends_of, interpreter, known, lacking
 from orchestrator.engine.process import child_environment
 from orchestrator.errors import ConfigError, EngineUnavailableError, RequestError, StageError
 from orchestrator.report.console import console, note
@@ -59,7 +60,16 @@ def engine(config: Config, run: RunFolder) -> None:
             f"paths.engines={made.parent} cannot be written ({error.strerror})", "Set paths.engines=FOLDER."
         ) from None
     note(f"{name}: {'made' if built else 'found, nothing to do'} -> {made / 'bin' / 'python'}")
+    for line in _wanted(name, made / "bin" / "python"):
+        note(line)
     run.write("result.json", {"engine": name, "python": str(made / "bin" / "python"), "built": built})
+
+
+def _wanted(name: str, python: Path) -> Iterator[str]:
+    """What its backends can do without, but not as well: it is said, and not installed unasked."""
+    for backend in backends_of(name):
+        if said := lacking(backend, str(python)):
+            yield f"note: {backend.name} answers one request at a time here, and has no parallel.tensor: {said}"
 
 
 def _up_to_date(made: Path, pins: Pins) -> bool:
@@ -87,7 +97,7 @@ def _make(made: Path, pins: Pins, run: RunFolder) -> None:
         run,
     )
     _run(install_command(pins, python, uv), run, pins.hint)
-    _check(pins, python)
+    _check(pins, python, run)
     seconds = round(time.monotonic() - started, 1)
     write_json(made / MANIFEST, {"name": name, "pins": digest(pins.path), "seconds": seconds})
 
@@ -130,15 +140,23 @@ def _dies_with_us() -> Callable[[], None] | None:
     return die_with_parent
 
 
-def _check(pins: Pins, python: Path) -> None:
-    """Imports what its backends need: a package can be there and broken by another one."""
+def _check(pins: Pins, python: Path, run: RunFolder) -> None:
+    """Imports what its backends need: a package can be there and broken by another one.
+
+    Raises:
+        EngineUnavailableError: with the last line of what was said; install.log has all of it.
+    """
     name = pins.path.stem
     packages = sorted({package for backend in backends_of(name) for package in backend.packages})
     command = [str(python), "-c", f"import {', '.join(packages)}"]
     done = subprocess.run(command, env=child_environment(str(python), {}), capture_output=True, text=True)
     if done.returncode:
-        words = done.stderr.strip().splitlines()[-1]
-        raise EngineUnavailableError(f"{name} was installed and cannot be imported: {words}", pins.hint)
+        log_path = run.path / "install.log"
+        with log_path.open("a", encoding="utf-8") as out:
+            out.write(f"{shlex.join(command)}\n{done.stdout}{done.stderr}\n")
+        words = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        hint = f"{pins.hint}{' ' * bool(pins.hint)}Its log: {log_path}"
+        raise EngineUnavailableError(f"{name} was installed and cannot be imported: {words}", hint)
 
 
 def _list(config: Config) -> None:

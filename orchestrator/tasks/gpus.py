@@ -52,7 +52,7 @@ class _Placing:
         self.planned = planned
         self.found = chosen
         self._chosen = chosen
-        self._ask = next(a for a in asks_of(planned.config, planned.spec, planned.hardware) if _same(a, chosen))
+        self._ask = next(a for a in asks_of(planned.config, planned.spec, planned.hardware) if same(a, chosen))
 
     def choose(self) -> Wanted:
         """What to lease: what the candidate takes now, or what it waits for."""
@@ -84,7 +84,7 @@ class _Placing:
         return hardware, replace(found, largest_context=self._chosen.largest_context)
 
 
-def _same(ask: Ask, chosen: Candidate) -> bool:
+def same(ask: Ask, chosen: Candidate) -> bool:
     """Whether a candidate is the answer to this ask."""
     names = ("backend", "method", "bits", "dtype", "double_quant")
     return all(getattr(ask, name) == getattr(chosen, name) for name in names)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.artifacts import Artifact, Store
 from orchestrator.backends.protocol import Stats
 from orchestrator.backends.table import BACKENDS
 from orchestrator.calibration import ASKED, OUT_OF_MEMORY, WELL, append
-from orchestrator.config import folder
+from orchestrator.config import Config, folder
 from orchestrator.engine.handle import EngineProcess
 from orchestrator.engine.memory import MemoryWatch
+from orchestrator.engine.wire import Ready
+from orchestrator.pipeline import Model
 from orchestrator.plan.types import Candidate
 from orchestrator.report.console import note
 
@@ -65,6 +69,35 @@ def with_use(devices: Devices, planned: Planned, chosen: Candidate, engine: Engi
     module, function = backend.grows.split(":")
     used = getattr(importlib.import_module(module), function)(planned.spec, chosen, engine.held)
     return [device | {"comparable": used[device["device"]]} for device in devices]
+
+
+def unproved(chosen: Candidate, model: Model) -> Artifact | None:
+    """The quantized artifact that a model is, where no engine has been seen to load it; None: there is none such."""
+    found = next((artifact for artifact in model.artifacts if artifact.path == model.path), None)
+    if found is None or found.manifest.get("stage") != chosen.method or "loaded" in _report(found):
+        return None
+    return found
+
+
+def record_load(config: Config, chosen: Candidate, model: Model, ready: Ready) -> Model:
+    """The model, whose quantized artifact says in its report how it was loaded: seconds, bytes by device, versions."""
+    found = unproved(chosen, model)
+    if found is None:
+        return model
+    loaded = {
+        "time": time.time(),
+        "load_s": ready.load_s,
+        "smoke_s": ready.smoke_s,
+        "placement": ready.placement,
+        "versions": ready.versions,
+    }
+    artifact = Store(folder(config.paths.artifacts)).with_report(found, _report(found) | {"loaded": loaded})
+    return replace(model, artifacts=tuple(artifact if one is found else one for one in model.artifacts))
+
+
+def _report(artifact: Artifact) -> dict[str, Any]:
+    report = artifact.manifest.get("report")
+    return report if isinstance(report, dict) else {}
 
 
 def keep_out_of_memory(planned: Planned, chosen: Candidate, watch: MemoryWatch) -> None:

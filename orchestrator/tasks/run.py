@@ -56,6 +56,7 @@ def _run(
     started: float,
 ) -> None:
     planned = look(config, planning=False)
+    check_stop_tokens(config, planned.spec.vocab)
     folder.pin(planned.source.commit, [place.commit for place in planned.source.places])
     requests: list[Request] = []
 
@@ -99,6 +100,17 @@ def _prompts(config: Config, folder: RunFolder) -> list[Prompt]:
     return prompts
 
 
+def check_stop_tokens(config: Config, vocab: int) -> None:
+    """Before anything is loaded: an engine would never meet such a token.
+
+    Raises:
+        ConfigError: a stop token that the model does not have.
+    """
+    wrong = next((token for token in config.generation.stop_tokens if not 0 <= token < vocab), None)
+    if wrong is not None:
+        raise ConfigError(f"generation.stop_tokens has {wrong}, and the model's tokens are 0 to {vocab - 1}")
+
+
 def make_request(config: Config, tokenizer: Tokenizer, prompt: Prompt, max_context: int) -> Request:
     """One prompt's request: as tokens, with as many new ones as the context has room for.
 
@@ -126,6 +138,7 @@ def make_request(config: Config, tokenizer: Tokenizer, prompt: Prompt, max_conte
         top_p=generation.top_p,
         seed=generation.seed + prompt.index,
         stop=list(generation.stop),
+        stop_tokens=list(generation.stop_tokens),
     )
 
 

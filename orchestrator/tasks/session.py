@@ -24,6 +24,7 @@ from orchestrator.checkpoint.spec import ModelSpec
 from orchestrator.config import Config, folder
 from orchestrator.engine.handle import EngineProcess
 from orchestrator.engine.memory import MemoryWatch
+from orchestrator.engine.placement import differs, split
 from orchestrator.engine.wire import Ready
 from orchestrator.errors import OutOfMemoryError, RequestError
 from orchestrator.hardware import Hardware, child_devices, detect
@@ -34,11 +35,11 @@ from orchestrator.plan.disk import Need, must_be_writable, must_have_room
 from orchestrator.plan.planner import make_plan, must_fit, runnable
 from orchestrator.plan.ranking import why
 from orchestrator.plan.types import Candidate, Plan
-from orchestrator.report.console import console, note
+from orchestrator.report.console import console, note, size
 from orchestrator.report.tables import fitting, hardware_line, held_lines, margin_line, model_line, plan_table
 from orchestrator.runfolder import RunFolder
 from orchestrator.tasks.gpus import leased
-from orchestrator.tasks.record import keep, keep_out_of_memory, memory, with_use
+from orchestrator.tasks.record import keep, keep_out_of_memory, memory, record_load, with_use
 from orchestrator.tokenizer import Tokenizer, check_tokenizer
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class Session:
             "prefill_tokens_per_s": stats.prefill_tokens / stats.prefill_s if stats.prefill_s else None,
             "decode_tokens_per_s": stats.decode_tokens / stats.decode_s if stats.decode_s else None,
             "placement": self.ready.placement,
+            "split": split({gpu.device: gpu.weights for gpu in self.chosen.gpus}, self.ready.placement),
             "memory": memory(self.planned, self.chosen, self.watch, stats),
         }
 
@@ -408,11 +410,23 @@ def open_session(
             try:
                 ready = engine.wait_ready()
                 loading.close()
-                note(f"loaded in {ready.load_s:.1f} s; placement as planned, smoke pass finite, warmed up")
+                model = record_load(config, chosen, model, ready)
+                note(f"loaded in {ready.load_s:.1f} s; {_placed(chosen, ready)}, smoke pass finite, warmed up")
                 yield Session(planned, chosen, model, engine, ready, tokenizer, watch)
             except OutOfMemoryError:
                 keep_out_of_memory(planned, chosen, watch)
                 raise
+
+
+def _placed(chosen: Candidate, ready: Ready) -> str:
+    """The engine's split beside the plan's: the two opinions on what goes where."""
+    found = {gpu.device: (gpu.weights, ready.placement.get(gpu.device, 0)) for gpu in chosen.gpus}
+    apart = [
+        f"{size(placed)} of weights on {device} where the plan has {size(planned)}"
+        for device, (planned, placed) in found.items()
+        if differs(planned, placed)
+    ]
+    return f"split by the engine: {', '.join(apart)}" if apart else "placement as planned"
 
 
 def _tokenizer(planned: Planned, chosen: Candidate, check: Callable[[Tokenizer, Candidate], None]) -> Tokenizer:

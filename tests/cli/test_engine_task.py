@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from commands import Orchestrator, gone
 
-from orchestrator.engine.interpreters import MANIFEST
+from orchestrator.checkpoint.digest import digest
+from orchestrator.engine.interpreters import MANIFEST, Pins
+from orchestrator.errors import EngineUnavailableError
+from orchestrator.runfolder import RunFolder
+from orchestrator.tasks import engine
 
 
 @pytest.mark.slow
@@ -65,3 +71,29 @@ def test_an_installer_dies_with_the_command_that_started_it(
     assert family
     started.kill()
     assert gone(family)
+
+
+def test_what_an_interpreter_could_have_beside_its_list_is_said(orchestrator: Orchestrator) -> None:
+    made = orchestrator.folder / "engines" / "exllamav2"
+    python = made / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')  # ours, which has no flash-attn
+    python.chmod(0o755)
+    (made / MANIFEST).write_text(json.dumps({"pins": digest(Pins.read("exllamav2").path)}))
+    done = orchestrator("task=engine", "engine.name=exllamav2", f"paths.engines={made.parent}")
+    assert done.code == 0, done.err
+    last = done.err.strip().splitlines()[-1]
+    assert "exllamav2 answers one request at a time here, and has no parallel.tensor: flash-attn is not" in last
+    assert f"{python} -m pip install 'flash-attn>=2.6' --no-build-isolation" in last
+
+
+def test_all_that_a_failed_check_says_is_in_the_log(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nprintf 'Traceback\\n  where it was\\nImportError: undefined symbol\\n' >&2\nexit 1\n")
+    python.chmod(0o755)
+    with pytest.raises(EngineUnavailableError, match="cannot be imported: ImportError: undefined symbol") as caught:
+        engine._check(Pins.read("exllamav2"), python, RunFolder(tmp_path))
+    log = tmp_path / "install.log"
+    assert str(log) in caught.value.hint
+    assert "Traceback\n  where it was\nImportError: undefined symbol\n" in log.read_text()
+    assert f"{python} -c 'import " in log.read_text()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import subprocess
 import sys
 import time
 
 from orchestrator.backends.protocol import Delta, Event, Finished, LoadPlan, Request, Score, Stats
+from orchestrator.engine.placement import members
 
 
 class Fake:
@@ -93,3 +95,18 @@ class Fake:
     def close(self) -> None:
         if self.fault == "deaf":
             time.sleep(600)
+
+
+class Placed(Fake):
+    """One whose tensors lie where they were planned."""
+
+    def load(self, plan: LoadPlan) -> None:
+        super().load(plan)
+        self.plan = plan
+        print("loads", json.dumps({"context": plan.max_context, "in_flight": plan.max_in_flight}))
+
+    def placement(self) -> dict[str, dict[str, int]]:
+        return {
+            members(group)[0]: {"model.embed_tokens.weight" if group == "cpu" else "weight": size}
+            for group, size in self.plan.weights.items()
+        }

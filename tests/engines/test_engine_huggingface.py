@@ -93,6 +93,18 @@ def test_stop_strings_end_the_text_before_them(engine: HuggingFaceEngine) -> Non
     assert both["never"].end.reason == "length"  # type: ignore[union-attr]
 
 
+def test_a_stop_token_ends_like_an_end_token(engine: HuggingFaceEngine) -> None:
+    free = answer(engine, [greedy("a", PROMPTS[4], 40)])["a"]
+    count = free.tokens.index(free.tokens[7]) + 1
+    both = answer(engine, [greedy("a", PROMPTS[4], 40, stop_tokens=[free.tokens[7]]), greedy("b", PROMPTS[4], 40)])
+    assert both["a"].tokens == free.tokens[:count]
+    assert both["a"].text == engine._tokenizer.decode(free.tokens[: count - 1])
+    assert both["a"].end.reason == "stop"  # type: ignore[union-attr]
+    assert both["b"].tokens == free.tokens  # of that request alone
+    wrong = answer(engine, [greedy("a", PROMPTS[4], 4, stop_tokens=[10**6])])["a"]
+    assert "a stop token is outside of the vocabulary" in wrong.end.message  # type: ignore[union-attr]
+
+
 def test_an_end_token_ends_and_is_not_shown(engine: HuggingFaceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     free = answer(engine, [greedy("a", PROMPTS[4], 40)])["a"]
     end = free.tokens[7]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from asking import make_plan
 
 from orchestrator.backends.protocol import LoadPlan
-from orchestrator.engine.placement import check_placement, planned_device
+from orchestrator.engine.placement import check_placement, planned_device, split
 from orchestrator.errors import EngineError
+from orchestrator.tasks.session import _placed
 
 GIB = 1 << 30
 SPLIT: LoadPlan = replace(
@@ -74,3 +77,20 @@ def test_an_engine_that_spreads_by_itself() -> None:
 def test_a_group_that_is_not_as_planned(placement: dict[str, dict[str, int]], message: str) -> None:
     with pytest.raises(EngineError, match=message):
         check_placement(GROUP, placement)
+
+
+def test_a_split_by_the_engine_is_told_beside_the_plans() -> None:
+    planned = {"cuda:0": 20 * GIB, "cuda:1": 13 * GIB}
+    assert split(planned, {"cpu": 5, "cuda:0": 21 * GIB}) == {
+        "planned": planned,
+        "engine": {"cuda:0": 21 * GIB, "cuda:1": 0},
+    }
+    assert split({"cuda:0": GIB}, {"cuda:0": GIB}) == {}
+    chosen: Any = SimpleNamespace(gpus=[SimpleNamespace(device=d, weights=w) for d, w in planned.items()])
+    as_planned: Any = SimpleNamespace(placement=planned | {"cpu": 7})
+    other: Any = SimpleNamespace(placement={"cuda:0": 21 * GIB, "cuda:1": 12 * GIB})
+    assert _placed(chosen, as_planned) == "placement as planned"
+    assert _placed(chosen, other) == (
+        "split by the engine: 21.00 GiB of weights on cuda:0 where the plan has 20.00 GiB, "
+        "12.00 GiB of weights on cuda:1 where the plan has 13.00 GiB"
+    )

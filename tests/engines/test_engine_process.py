@@ -116,6 +116,28 @@ def test_nan_weights_are_refused_by_the_smoke_pass(start: Start, tmp_path: Path)
         start(make_plan(folder)).wait_ready(timeout=60)
 
 
+@pytest.mark.parametrize(
+    ("backend", "method", "dtype", "said"),
+    [
+        ("transformers", "none", "float32", "Its weights hold NaN: check the files"),
+        ("transformers", "none", "float16", "or set model.dtype=float32 quant.bits=32"),
+        ("bitsandbytes", "nf4", "bfloat16", "or overflow in bfloat16: check the files"),
+        ("bitsandbytes", "nf4", "float16", "or set model.dtype=float32"),
+        ("vllm", "gptq", "float16", "or set model.dtype=bfloat16"),
+        ("exllamav2", "exl2", "float16", "or type backend=bitsandbytes quant.bits=4 on the model before it was"),
+    ],
+)
+def test_the_smoke_pass_names_a_dtype_that_the_engine_has(
+    start: Start, backend: str, method: str, dtype: str, said: str
+) -> None:
+    plan = replace(fake_plan("infinite"), backend=backend, method=method, dtype=dtype)
+    with pytest.raises(EngineError, match="not finite") as caught:
+        start(plan, FAKE).wait_ready(timeout=20)
+    assert said in caught.value.hint
+    has_it = backend in ("transformers", "bitsandbytes") and dtype != "float32"
+    assert ("model.dtype=float32" in caught.value.hint) == has_it
+
+
 def test_bytes_that_the_plan_does_not_say(start: Start, checkpoint: Path) -> None:
     process = start(make_plan(checkpoint, weights={"cpu": 50_000_000}))
     with pytest.raises(EngineError, match=r"cpu holds 1,\d{3},\d{3} bytes .* the plan says 50,000,000"):

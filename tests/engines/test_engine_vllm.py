@@ -168,6 +168,20 @@ def test_the_pieces_join_to_the_text_of_the_tokens(session: Session) -> None:
     assert got.end.reason == "stop"  # the end token, which is not shown
 
 
+def test_a_stop_token_ends_and_is_not_shown(session: Session) -> None:
+    if session.chosen.tensor_parallel not in FAST:
+        pytest.skip("covered by the smaller widths")
+    question = session.tokenizer.encode(QUESTION)
+    free = only_text(session, Request("free", question, 40))["free"]
+    count = free.tokens.index(free.tokens[5]) + 1
+    got = only_text(session, Request("ended", question, 40, stop_tokens=[free.tokens[5]]))["ended"]
+    assert got.tokens == free.tokens[:count]
+    assert free.text.startswith(got.text)
+    assert len(got.text) < len(free.text)
+    assert isinstance(got.end, Finished)
+    assert got.end.reason == "stop"
+
+
 def test_a_stop_string_ends_the_text_before_it(session: Session) -> None:
     if session.chosen.tensor_parallel not in FAST:
         pytest.skip("covered by the smaller widths")

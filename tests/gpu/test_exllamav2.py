@@ -165,6 +165,36 @@ def test_sixteen_in_flight_a_third_cancelled_none_mixed_up(tmp_path: Path, store
             assert shared[:4] == own[:4], (i, own, shared)
 
 
+def text_of(live: Session, request: Request) -> tuple[str, str]:
+    """(text, reason of its end) of one answer."""
+    text = ""
+    live.engine.submit(request)
+    while True:
+        for event in live.engine.events(timeout=60):
+            assert not isinstance(event, Failed), event
+            if isinstance(event, Delta):
+                text += event.text
+            if isinstance(event, Finished):
+                return text, event.reason
+
+
+def test_seeds_stop_strings_and_stop_tokens(tmp_path: Path, store: Path) -> None:
+    with session(tmp_path / "run", store, 8.0, in_flight=4) as live:
+        prompt = prompts(live)[0]
+        free = answers(live, [Request("free", prompt, 32)])["free"]
+        at = next(i for i in range(4, len(free)) if free[i] not in free[:i])
+        ended = answers(live, [Request("ended", prompt, 32, stop_tokens=[free[at]])])["ended"]
+        assert ended in (free[:at], free[: at + 1])  # the token itself is shown by no engine
+        whole, _ = text_of(live, Request("whole", prompt, 32))
+        stop = whole[10:14]
+        cut = text_of(live, Request("cut", prompt, 32, stop=[stop]))
+        assert cut == (whole[: whole.index(stop)], "stop")
+        drawn = [Request(str(seed), prompt, 24, temperature=1.0, top_p=0.95, seed=seed) for seed in range(4)]
+        alone = {request.id: answers(live, [request])[request.id] for request in drawn}
+        assert answers(live, [drawn[2]])["2"] == alone["2"]
+        assert len(set(map(tuple, alone.values()))) > 1
+
+
 def planned_for(sections: dict[str, Any]) -> Planned:
     config = Config(backend=BackendConfig(name="exllamav2"), quant=QuantConfig(bits=8.0))
     return look(replace(config, **sections), planning=False)

@@ -10,6 +10,7 @@ from composing import hydra_ready
 from orchestrator import calibration
 from orchestrator.config import PathsConfig, folder
 from orchestrator.engine import interpreters
+from orchestrator.plan import exl2_attention
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,12 @@ def _nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the runs of whoever tests have taken says nothing to a test."""
     read, theirs = calibration.read, folder(PathsConfig().artifacts)
     monkeypatch.setattr(calibration, "read", lambda root: calibration.History({}) if root == theirs else read(root))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does what the interpreters of whoever tests have beside their engines."""
+    monkeypatch.setattr(exl2_attention, "lacks", lambda python: "")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.artifacts import MANIFEST, RECIPE_NAME, Artifact, Built, Recipe, Store, kept, last_used
+from orchestrator.artifacts import MANIFEST, RECIPE_NAME, Artifact, Built, Recipe, Store, bytes_below, kept, last_used
 from orchestrator.checkpoint.digest import digest
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.config import Config
@@ -164,6 +164,25 @@ def test_an_unfinished_build_of_files_that_changed_since_is_named(store: Store) 
     assert store.outdated(now) == (store.root / f"{begun.name}.partial", ["base/a.bin"])
     assert store.outdated(replace(now, sources=("/data/other",))) is None
     assert store.outdated(replace(now, stage="convert")) is None
+
+
+def test_an_unfinished_build_has_its_recipe_as_long_as_that_is_whole(store: Store) -> None:
+    recipe = replace(RECIPE, sources=("/data/base",), settings={"quant.bits": 4.0, "quant.measurement": None})
+    assert recipe.name == RECIPE.name  # for a person only
+    with pytest.raises(StageError):
+        build(store, recipe, make=fails)
+    partial = store.root / f"{recipe.name}.partial"
+    assert list(store.unfinished()) == [(partial, recipe)]
+    (store.root / "merge-0123.partial").mkdir()
+    with store._lock(recipe.name, lambda: None):  # a running process is at it
+        assert list(store.unfinished()) == []
+    said = json.loads((partial / RECIPE_NAME).read_text())
+    for damage in ({"stage": "exl2"}, {"sources": 7}, {"settings": [1]}, {"more": 1}, {"inputs": []}):
+        (partial / RECIPE_NAME).write_text(json.dumps(said | damage))
+        assert list(store.unfinished()) == []
+    for text in ("{", "[]"):
+        (partial / RECIPE_NAME).write_text(text)
+        assert list(store.unfinished()) == []
 
 
 @pytest.mark.parametrize(
@@ -419,6 +438,24 @@ def test_an_unfinished_build_is_as_young_as_what_it_last_wrote(
     (store.root / "merge-0123.partial" / "second").write_text("2")
     assert run_task(store, tmp_path, action="prune", unused_days=30)["removed"] == [three["100"].name]
     assert len(store.partials()) == 1
+
+
+def test_an_unfinished_build_has_the_size_of_all_that_is_below_it_each_file_once(
+    store: Store, three: dict[str, Artifact], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partial = store.root / "merge-0123.partial"
+    kept = partial / "work" / "kept"
+    kept.mkdir(parents=True)
+    (partial / "work" / "states").write_bytes(bytes(3 << 20))
+    os.link(partial / "work" / "states", kept / "states")  # the same bytes under another name
+    (partial / "work" / "model").symlink_to(tmp_path / "a-model-that-has-gone")
+    assert bytes_below(partial) == pytest.approx(3 << 20, abs=200)
+    run_task(store, tmp_path)
+    assert "3.0 MiB" in capsys.readouterr().out
+    partial.rename(store.root / f"{RECIPE.name}.partial")
+    assert store.to_write(RECIPE, 5 << 20) == pytest.approx(2 << 20, abs=200)
+    assert run_task(store, tmp_path, action="prune", unused_days=0)["bytes"] > 3 << 20
+    assert "(3.00 MiB)" in capsys.readouterr().out
 
 
 def test_prune_by_name_removes_that_one_whatever_its_age(

@@ -1,21 +1,25 @@
-"""What a machine lacks for an engine that builds its extension here; and the pinned lists, which every one parses."""
+"""What a machine lacks for an engine that builds its extension here; and the pinned lists, which pip takes."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import Specifier
+from packaging.utils import canonicalize_name
 
 from orchestrator.engine import cuda_build
 from orchestrator.engine.cuda_build import require_build, require_tools
 from orchestrator.engine.interpreters import Pins, backends_of, known
 from orchestrator.engine.process import child_environment
 from orchestrator.errors import EngineUnavailableError
+from orchestrator.tasks.engine import install_command
 
 NVCC = "nvcc: NVIDIA (R) Cuda compiler driver\nCuda compilation tools, release {}, V13.0.48"
 
@@ -90,16 +94,53 @@ def test_torchs_cuda_is_read_without_torch(tmp_path: Path, monkeypatch: pytest.M
         require_build(sys.executable, "some_ext")
 
 
+def pinned(pins: Pins) -> list[Requirement]:
+    """What a list names, for this machine."""
+    lines = [line.partition("#")[0].strip() for line in pins.path.read_text().splitlines()]
+    named = [Requirement(line) for line in lines if line and not line.startswith("-")]
+    return [requirement for requirement in named if requirement.marker is None or requirement.marker.evaluate()]
+
+
 @pytest.mark.parametrize("name", known())
 def test_a_pinned_list(name: str) -> None:
     pins = Pins.read(name)
-    lines = [line.partition("#")[0].strip() for line in pins.path.read_text().splitlines()]
-    wanted = [Requirement(line) for line in lines if line and not line.startswith("-")]
+    wanted = pinned(pins)
     names = [requirement.name.lower().replace("_", "-") for requirement in wanted]
     assert len(set(names)) == len(names) > 0
     for requirement in wanted:
         assert [s.operator for s in requirement.specifier] == ["=="], requirement
     assert backends_of(name)
+
+
+@pytest.fixture(scope="module")
+def newer_pip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pip that can read what wheels ask for without downloading them."""
+    folder = tmp_path_factory.mktemp("pip")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--retries", "1", "--target", str(folder), "pip>=25"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        pytest.skip(f"no package index can be reached: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the engines' wheels are for Linux")
+@pytest.mark.parametrize("name", known())
+def test_a_pinned_list_can_be_installed(name: str, newer_pip: Path, tmp_path: Path) -> None:
+    """By pip's own resolver, with the command of task=engine; of a wheel only its metadata is downloaded."""
+    pins, report = Pins.read(name), tmp_path / "report.json"
+    command = install_command(pins, Path(sys.executable), None)
+    command += ["--dry-run", "--ignore-installed", "--no-input", "--report", str(report)]
+    command += ["--only-binary", ":all:", "--use-feature", "fast-deps"]
+    environ = {**os.environ, "PYTHONPATH": str(newer_pip)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [package["metadata"] for package in json.loads(report.read_text())["install"]]
+    chosen = {canonicalize_name(package["name"]): package["version"] for package in found}
+    for requirement in pinned(pins):
+        assert requirement.specifier.contains(chosen[canonicalize_name(requirement.name)], prereleases=True), (
+            requirement
+        )
 
 
 def test_what_exllamav2_is_pinned_with() -> None:

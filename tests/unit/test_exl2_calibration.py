@@ -34,7 +34,8 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 def given(bench: Bench) -> list[str]:
     """The texts that the converter got, in each of its runs."""
     lines = [line for line in bench.log.splitlines() if line.startswith("calibration ")]
-    return ["".join(json.loads(json.loads(line.removeprefix("calibration ")))["text"]) for line in lines]
+    files = [json.loads(line.removeprefix("calibration ")) for line in lines]
+    return ["".join(json.loads(file.removeprefix("PAR1").removesuffix("PAR1"))["text"]) for file in files]
 
 
 def test_lines_of_a_text_file(bench: Bench) -> None:
@@ -84,7 +85,7 @@ def test_conversations_as_the_model_sees_them(
 def test_too_few_tokens(bench: Bench, lines: int, options: tuple[str, ...], hint: str, suffix: str) -> None:
     file = bench.folder / f"mine.{suffix}"
     text = ["more of it, and more"] * lines
-    file.write_text(json.dumps({"a": text}) if suffix == "parquet" else "\n".join(text))
+    file.write_text(f"PAR1{json.dumps({'a': text})}PAR1" if suffix == "parquet" else "\n".join(text))
     with pytest.raises(ConfigError, match=r"has [\d,]+ tokens, and quant\.calibration\.rows=") as caught:
         bench.quantize(4.0, f"quant.calibration.file={file}", *options)
     assert hint in caught.value.hint
@@ -97,10 +98,10 @@ def test_too_few_tokens(bench: Bench, lines: int, options: tuple[str, ...], hint
 
 def test_a_parquet_file_goes_as_it_is(bench: Bench) -> None:
     file = bench.folder / "mine.parquet"
-    file.write_text(json.dumps({"text": ["more of it, and more"] * 60, "id": list(range(60))}))
+    file.write_text(f"PAR1{json.dumps({'text': ['more of it, and more'] * 60, 'id': list(range(60))})}PAR1")
     bench.quantize(4.0, f"quant.calibration.file={file}", *ROWS)
     assert [run["c"] for run in bench.runs()] == [str(file)] * 2
-    file.write_text("no parquet")
+    file.write_text("PAR1no parquetPAR1")
     with pytest.raises(ConfigError, match=r"cannot be read as \.parquet: .*JSONDecodeError"):
         bench.quantize(4.0, f"quant.calibration.file={file}", *ROWS)
 

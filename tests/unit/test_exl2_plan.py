@@ -187,6 +187,10 @@ def test_settings_that_cannot_be(small: ModelSpec, settings: dict[str, Any], mes
         ("rows.txt", "", r"rows\.txt is empty"),
         ("rows.txt", " \n\n", r"rows\.txt holds no text: only blank lines"),
         ("rows.jsonl", "\n{", r"rows\.jsonl line 2 is not JSON"),
+        ("rows.jsonl", '{"text": "cut \\ud83d"}', "line 1 holds half of a surrogate pair, which is no character"),
+        ("rows.parquet", "no parquet", r"rows\.parquet is no whole \.parquet file"),
+        ("rows.parquet", "PAR", r"rows\.parquet is no whole \.parquet file"),
+        ("rows.parquet", "PAR1 and cut", r"rows\.parquet is no whole \.parquet file"),
         (
             "rows.jsonl",
             '{"texts": "a"}',

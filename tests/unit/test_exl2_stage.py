@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +35,7 @@ from orchestrator.runfolder import RunFolder
 from orchestrator.stages import converter, exl2
 from orchestrator.stages.exl2_job import Record
 from orchestrator.stages.exl2_log import OverflowWatch, overflow, seen_overflow
-from orchestrator.stages.exl2_measurement import judge_measurement
+from orchestrator.stages.exl2_measurement import check_fits, judge_measurement
 from orchestrator.stages.exl2_mix import check_mix
 from orchestrator.stages.exl2_result import NotWhole, judge_model
 from orchestrator.tasks.artifacts import artifacts
@@ -63,7 +65,80 @@ def test_a_model_and_its_measurement(bench: Bench) -> None:
     assert quantizing["m"] == str(model.artifacts[0].path / "measurement.json")
     assert (quantizing["b"], quantizing["hb"], quantizing["l"]) == (4.0, 6, 2048)
     status = json.loads((bench.run.path / "status.json").read_text())
-    assert status["stage"] == "Quantizing"
+    ended = {"state": "quantizing to 4 bits", "stage": "Quantizing", "completion": 1.0, "module": None, "eta_s": None}
+    assert {key: status[key] for key in ended} == ended
+
+
+def test_it_is_said_which_module_it_works_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[dict[str, Any]] = []
+    tell = bench.run.status
+    monkeypatch.setattr(bench.run, "status", lambda state, **more: (told.append(more), tell(state, **more)))
+    monkeypatch.setenv("FAKE_FAULT", "kill working 3")
+    with pytest.raises(StageError, match="was killed by signal 9"):
+        bench.quantize()
+    at = {(said["stage"], said["completion"], said["module"]) for said in told}
+    assert ("Measuring", 0.0, "model.layers.0 (Attention)") in at
+    # It failed at one, which stays there to be read, and its time does not.
+    status = json.loads((bench.run.path / "status.json").read_text())
+    assert (status["stage"], status["completion"], status["module"]) == ("Measuring", 0.5, "model.layers.1 (Attention)")
+    assert status["eta_s"] is None
+    assert "\nmeasuring: Measuring, 0%, model.layers.0 (Attention)\n" in capsys.readouterr().err
+
+
+STEP = """\
+-------------------------------------------
+| Measured: model.layers.{index} (MLP)    |
+| Estimated remaining time: 0min 2sec     |
+-------------------------------------------
+[STATUS]{{"stage": "Measuring", "completion": {done}}}[/STATUS]
+"""
+
+
+def measuring(first: int, seconds: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is reported of a measurement of 10 modules that is at `first` when it starts, by the time of each."""
+    clock, log, seen = 100.0, tmp_path / "log", []
+    monkeypatch.setattr(converter, "time", SimpleNamespace(monotonic=lambda: clock))
+    log.write_text(STEP.format(index=first - 1, done=first / 10))
+    statuses = converter._Statuses(log, 0, seen.append)
+    statuses.read()
+    for index, took in enumerate(seconds, first):
+        for text in (f" -- Layer: model.layers.{index} (MLP)\n -- half a li", "ne\n"):
+            with log.open("a") as file:
+                file.write(text)
+            statuses.read()
+        clock += took
+        with log.open("a") as file:
+            file.write(STEP.format(index=index, done=(index + 1) / 10))
+        statuses.read()
+    return seen
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_the_time_that_is_left_goes_by_this_runs_modules(
+    first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = measuring(first, [10.0, 30.0, 20.0, 20.0], tmp_path, monkeypatch)
+    modules = [f"model.layers.{index} (MLP)" for index in range(first, first + 4)]
+    assert [status.module for status in seen] == ["", *modules]
+    assert [status.done for status in seen] == [pytest.approx(n / 10) for n in (first, *range(first, first + 4))]
+    left = 10 - first
+    wanted = [None, None, None, 20.0 * (left - 2), 20.0 * (left - 3)]
+    assert [status.left_s for status in seen] == [pytest.approx(seconds) for seconds in wanted]
+
+
+def test_no_time_is_left_of_nonsense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = measuring(7, [0.0, 0.0, 9.0], tmp_path, monkeypatch)  # all of them at once; then its end
+    assert [status.left_s for status in seen] == [None] * 5
+    assert seen[-1] == converter.Status("Measuring", 1.0)
+    log, found = tmp_path / "other", []
+    log.write_text(
+        '[STATUS]{"stage": "Measuring", "completion": 0.5}[/STATUS]\n -- Layer: lm_head (Linear)\n'
+        '[STATUS]{"stage": "Optimizing", "completion": 0.1}[/STATUS]\n[STATUS]{"stage": 1}[/STATUS]\n[STATUS]{}'
+    )
+    converter._Statuses(log, 0, found.append).read()
+    assert found == [converter.Status("Optimizing", 0.1)]
 
 
 def test_the_next_width_reuses_the_measurement(bench: Bench) -> None:
@@ -579,14 +654,89 @@ def test_a_job_of_other_bits_is_not_gone_on_with(
     assert bench.quantize(6.0).artifacts[-1].manifest["report"]["bits"] == 6.0
 
 
+def killed(bench: Bench, monkeypatch: pytest.MonkeyPatch, bits: float, *options: str) -> str:
+    """Kills a conversion in its second module; the name of what it leaves."""
+    before = set((bench.folder / "store").glob("*.partial"))
+    monkeypatch.setenv("FAKE_FAULT", "kill working 2")
+    with pytest.raises(StageError, match="was killed by signal 9"):
+        bench.quantize(bits, *options)
+    monkeypatch.delenv("FAKE_FAULT")
+    [left] = set((bench.folder / "store").glob("*.partial")) - before
+    return left.name
+
+
+def left_behind(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """Which interrupted ones are said not to be continued -> why, and what to type."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if " is not continued: " in line]
+    return {line.partition(": ")[2].partition(" (")[0]: line.partition(") ")[2] for line in lines}
+
+
+def removes(name: str) -> str:
+    return f"task=artifacts artifacts.action=prune artifacts.name={name} removes it"
+
+
+def test_interrupted_ones_with_other_settings_are_named(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measuring = killed(bench, monkeypatch, 4.0, "quant.calibration.length=1024")
+    assert left_behind(capsys) == {}
+    bench.quantize()
+    assert left_behind(capsys) == {
+        measuring: "was begun with quant.calibration.length=1024 (now 2048); the same command with "
+        f"quant.calibration.length=1024 goes on with it, {removes(measuring)}"
+    }
+    six = killed(bench, monkeypatch, 6.0)
+    head = killed(bench, monkeypatch, 5.5, "quant.head_bits=8")
+    assert set(left_behind(capsys)) == {measuring, six}
+    bench.source = write_headers(bench.folder / "other", Llama(layers=2, vocab=512))  # another model
+    (bench.source / "tokenizer.json").write_text("{}")
+    monkeypatch.setenv("FAKE_FAULT", "kill working 2")
+    with pytest.raises(StageError, match="was killed by signal 9"):
+        bench.quantize()
+    assert left_behind(capsys) == {}
+    monkeypatch.delenv("FAKE_FAULT")
+    bench.source = bench.folder / "model"
+    with Store(bench.folder / "store")._lock(measuring, lambda: None):  # another run has gone on with it
+        bench.quantize(5.5)
+    assert left_behind(capsys) == {
+        six: "was begun with quant.bits=6 (now 5.5); the same command with quant.bits=6 goes on with it, "
+        f"{removes(six)}",
+        head: "was begun with quant.head_bits=8 (now 6); the same command with quant.head_bits=8 goes on with it, "
+        f"{removes(head)}",
+    }
+    bench.quantize(5.5)  # that is there: nothing is begun
+    assert left_behind(capsys) == {}
+    bench.quantize(6.0)
+    assert "quantizing to 6 bits: going on where an earlier run stopped (quant)" in capsys.readouterr().err
+    artifacts(bench.config("artifacts.action=prune", f"artifacts.name={head}"), bench.run)
+    assert not (bench.folder / "store" / head).exists()
+
+
+def test_an_interrupted_one_with_other_files_is_named(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = bench.folder / "my measurement.json"
+    file.write_text(json.dumps(measurement(SHAPE)))
+    given = f"quant.measurement={file}"
+    name = killed(bench, monkeypatch, 4.0, given)
+    bench.quantize(5.0)
+    assert left_behind(capsys) == {
+        name: f"was begun with quant.measurement={file} (now null), quant.bits=4 (now 5); the same command with "
+        f"'quant.measurement={file}' quant.bits=4 goes on with it, {removes(name)}"
+    }
+    file.write_text(json.dumps(measurement(SHAPE), indent=1))
+    bench.quantize(4.0, given)
+    assert left_behind(capsys) == {name: f"was begun with files, or by a version, that are others now; {removes(name)}"}
+
+
 def interrupted_at(done: float) -> Any:
     """A progress that stands for a Ctrl-C when so much is done."""
     from contextlib import contextmanager
 
     @contextmanager
     def progress(run: RunFolder, title: str) -> Iterator[Any]:
-        def on_status(stage: str, now: float) -> None:
-            if now >= done:
+        def on_status(status: converter.Status) -> None:
+            if status.done >= done:
                 raise KeyboardInterrupt
 
         yield on_status
@@ -683,8 +833,44 @@ def test_the_judge_of_files(tmp_path: Path) -> None:
     with pytest.raises(NotWhole, match="wrote no measurement"):
         judge_measurement(tmp_path / "nothing.json", source)
     (tmp_path / "half.json").write_text('{"measurement": {')
-    with pytest.raises(NotWhole, match="cannot be read"):
+    with pytest.raises(NotWhole, match="can be read: it is not JSON"):
         judge_measurement(tmp_path / "half.json", source)
+
+
+def _changed(**of_an_option: Any) -> str:
+    """A measurement whose second option of the first MLP, or that option's first linear, says something else."""
+    value = measurement(SHAPE)
+    options = value["measurement"]["model.layers.0.mlp"]
+    total = of_an_option.pop("total_bits", options[1]["total_bits"])
+    options[1]["total_bits"] = total
+    options[0]["up_proj"] |= of_an_option
+    return json.dumps(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it is not JSON"),
+        ("[" * 200_000, "it is not JSON"),
+        ("[]", "no object with measurement and last_module_idx"),
+        ('{"measurement": 5, "last_module_idx": 3}', "no object with measurement"),
+        (_changed(total_bits=None), r"says of an option of model\.layers\.0\.mlp not how many bits it takes"),
+        (_changed(total_bits=math.inf), "not how many bits"),
+        (_changed(total_bits="9"), "not how many bits"),
+        (_changed(group_size={"2": 0}), r"says something else of model\.layers\.0\.mlp than a measurement"),
+        (_changed(bits_prop=[math.inf]), "says something else"),
+        (_changed(bits_prop=[math.nan]), "says something else"),
+        (_changed(bits_prop=[1, 1]), "says something else"),
+        (_changed(scale_bits=math.inf), "says something else"),
+        (_changed(bits=["2"]), "says something else"),
+    ],
+)
+def test_measurements_that_are_none(tmp_path: Path, text: str, message: str) -> None:
+    source = open_checkpoint(write_headers(tmp_path / "source", SHAPE))
+    file = tmp_path / "mine.json"
+    file.write_text(text)
+    with pytest.raises(NotWhole, match=message):
+        check_fits(file, source)
 
 
 def test_errors_in_a_log(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,14 @@ from small_models import LLAMA_70B, Llama, write_headers
 from orchestrator.backends.exl2_tensors import bytes_per_tensor
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.spec import ModelSpec, model_spec
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, DoesNotFitError
 from orchestrator.hardware import GIB, Gpu, Hardware
+from orchestrator.plan import estimate as estimate_module
+from orchestrator.plan import exl2_attention
+from orchestrator.plan.exl2_attention import lacks
 from orchestrator.plan.exl2_tensor import heads_of, shares, weights_of_ranks
 from orchestrator.plan.exllamav2 import estimate
-from orchestrator.plan.planner import make_plan
+from orchestrator.plan.planner import make_plan, must_fit
 from orchestrator.plan.types import Ask, Candidate
 
 
@@ -135,6 +139,85 @@ def test_without_flash_attn_there_is_one_answer_at_a_time(big: ModelSpec) -> Non
     assert sum(gpu.kv_cache for gpu in found.gpus) == 80 * 4 * 8 * 128 * 4096
     assert "one answer at a time" in found.notes[0]
     assert plan(big, 40, 40, ranks=1).notes == ()
+
+
+def make_python(folder: Path, flash: str | None) -> str:
+    """An interpreter, with a flash-attn of this version that cannot be imported beside it; None: without any."""
+    packages = folder / "packages"
+    if flash is not None:
+        (packages / f"flash_attn-{flash}.dist-info").mkdir(parents=True)
+        (packages / f"flash_attn-{flash}.dist-info" / "METADATA").write_text(f"Name: flash-attn\nVersion: {flash}\n")
+        for name in ("flash_attn.py", "flash_attn_2_cuda.py"):
+            (packages / name).write_text("raise ImportError('not to be imported')")
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+@pytest.mark.parametrize(
+    ("flash", "what"),
+    [
+        (None, "flash-attn is not installed in "),
+        ("2.3.6", "flash-attn 2.3.6 is too old in "),
+        ("2.5.7", ""),
+        ("2.6", ""),
+    ],
+)
+def test_an_interpreter_is_asked_for_flash_attn(tmp_path: Path, flash: str | None, what: str) -> None:
+    python = make_python(tmp_path, flash)
+    said = lacks(python)
+    assert said.startswith(f"{what}{python}" if what else "")
+    assert bool(said) is bool(what)
+    if said:
+        assert f"to add it: {python} -m pip install 'flash-attn>=2.6' --no-build-isolation" in said
+
+
+def test_an_interpreter_without_pip_gets_it_from_uv(tmp_path: Path) -> None:
+    python = Path(make_python(tmp_path, None))
+    python.write_text(python.read_text().replace('"$@"', '-S "$@"'))  # no site-packages: no pip
+    assert f"uv pip install --python {python} 'flash-attn>=2.6'" in lacks(str(python))
+
+
+def test_flash_attn_that_is_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXLLAMA_NO_FLASH_ATTN", "1")
+    assert "EXLLAMA_NO_FLASH_ATTN is set" in lacks(make_python(tmp_path, "2.7"))
+
+
+def test_one_that_does_not_answer_is_not_held_against_a_plan(tmp_path: Path) -> None:
+    assert lacks(str(tmp_path / "nowhere")) == ""
+
+
+@pytest.fixture
+def without_flash_attn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A machine whose exllamav2 is in an interpreter without flash-attn."""
+    python = make_python(tmp_path, None)
+    monkeypatch.setattr(estimate_module, "interpreter", lambda *_: python)
+    monkeypatch.setattr(exl2_attention, "lacks", lacks)
+    return python
+
+
+def test_a_plan_without_flash_attn_is_of_one_answer_at_a_time(big: ModelSpec, without_flash_attn: str) -> None:
+    argv = ("backend=exllamav2", "quant.bits=4")
+    found = make_plan(composed(*argv), big, machine(40, 40)).chosen
+    assert found.fits
+    assert found.max_in_flight == 1
+    assert found.notes[0].startswith(f"one answer at a time: flash-attn is not installed in {without_flash_attn} (to")
+    asked = make_plan(composed(*argv, "run.in_flight=4"), big, machine(40, 40)).chosen
+    assert asked.max_in_flight == 1
+    described = make_plan(composed(*argv), big, replace(machine(40, 40), described=True)).chosen
+    assert (described.max_in_flight, described.notes) == (4, ())
+
+
+def test_layers_are_not_cut_without_flash_attn(big: ModelSpec, without_flash_attn: str) -> None:
+    config, cards = composed("backend=exllamav2", "quant.bits=4", "parallel.tensor=2"), machine(40, 40)
+    plan = make_plan(config, big, cards)
+    with pytest.raises(DoesNotFitError) as caught:
+        must_fit(plan, config, big, cards)
+    said = "parallel.tensor=2: exllamav2 cuts layers with flash-attn only; flash-attn is not installed in "
+    assert f"{said}{without_flash_attn}" in caught.value.message
+    assert "-m pip install 'flash-attn>=2.6' --no-build-isolation" in caught.value.message
+    assert make_plan(config, big, replace(cards, described=True)).chosen.fits
 
 
 def test_what_cannot_be_cut_is_shown_with_the_sizes_of_whole_layers(big: ModelSpec) -> None:

@@ -228,6 +228,22 @@ def test_what_no_engine_has_is_refused_with_what_they_have(specs: dict[Llama, Mo
     assert "quant=none at 16 or 32 bits" in message
 
 
+def test_an_engine_of_one_dtype_says_so(specs: dict[Llama, ModelSpec]) -> None:
+    with pytest.raises(ConfigError, match=r"all in float16: leave model\.dtype out"):
+        best(specs[SMALL], cards(1), "backend=exllamav2", "quant.bits=4", "model.dtype=bfloat16")
+
+
+@pytest.mark.parametrize(("split", "said"), [("[22,24]", True), ("[18,18]", False)])
+def test_a_split_by_hand_that_leaves_little_room_for_the_cache(
+    specs: dict[Llama, ModelSpec], split: str, said: bool
+) -> None:
+    asked = composed("backend=exllamav2", "quant.bits=4", f"parallel.gpu_split={split}")
+    plan = make_plan(asked, specs[LLAMA_70B], cards(4))
+    notes = [text for text in plan.notes if "leaves a context of" in text]
+    assert (plan.chosen.max_context < 4096, bool(notes)) == (said, said)
+    assert not said or "parallel.gpu_split=auto, which has 4096" in notes[0]
+
+
 def test_the_plan_as_json_has_the_documented_fields(specs: dict[Llama, ModelSpec]) -> None:
     plan = make_plan(composed(), specs[SMALL], cards(1)).to_json()
     documented = {

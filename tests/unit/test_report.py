@@ -13,6 +13,7 @@ import termios
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small_models
@@ -24,8 +25,9 @@ from orchestrator.config import Config
 from orchestrator.hardware import detect
 from orchestrator.plan.planner import make_plan
 from orchestrator.plan.types import Change, Plan
+from orchestrator.report import console as console_module
 from orchestrator.report import merge as merge_report
-from orchestrator.report.console import console, size
+from orchestrator.report.console import console, size, span, steps
 from orchestrator.report.plan import BAR as BAR_CELLS
 from orchestrator.report.plan import bars, candidates_table, changes_table, legend
 from orchestrator.report.tables import fitting, hardware_line, plan_table, short, table
@@ -41,7 +43,11 @@ with progress("converting") as show:
         time.sleep(0.15)
 with steps("measuring") as show:
     for i in range(4):
-        show(i / 4, f"the sensitivity of layer {i} of a model with a name that is long and has blanks")
+        show(i / 4, f"the sensitivity of layer {i} of a model with a name that is long and has blanks", "", None)
+        time.sleep(0.15)
+with steps("quantizing to 4.65 bits") as show:
+    for i in range(4):
+        show(i / 4, "Quantizing", f"model.layers.{i}.a_name_that_is_longer_than_those (Attention)", (4 - i) * 2000.0)
         time.sleep(0.15)
 """
 
@@ -262,6 +268,36 @@ def test_a_ratio_is_short(value: float, text: str) -> None:
     assert merge_report._ratio(value) == text
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.4, "59s"), (59.6, "1m"), (840, "14m"), (3580, "1h 00m"), (7500, "2h 05m"), (1e6, "277h 47m")],
+)
+def test_a_time_is_short(seconds: float, text: str) -> None:
+    assert span(seconds) == text
+
+
+def test_steps_without_a_terminal_are_a_line_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = 0.0
+    monkeypatch.setattr(console_module, "time", SimpleNamespace(monotonic=lambda: clock))
+    with steps("measuring") as show:
+        show(0.0, "Embeddings", "", None)
+        show(0.0, "Measuring", "", None)
+        for module in range(200):  # each of a second
+            show(module / 200, "Measuring", f"model.layers.{module}", None if module < 2 else 200.0 - module)
+            clock += 1
+        show(1.0, "Measuring", "", None)
+    assert capsys.readouterr().err.splitlines() == [
+        "measuring: Embeddings, 0%",
+        "measuring: Measuring, 0%",
+        "measuring: Measuring, 0%, model.layers.0",
+        "measuring: Measuring, 30%, model.layers.61, 2m left",
+        "measuring: Measuring, 61%, model.layers.122, 1m left",
+        "measuring: Measuring, 92%, model.layers.183, 17s left",
+    ]
+
+
 def test_a_bar_stays_on_its_line() -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
@@ -279,7 +315,8 @@ def test_a_bar_stays_on_its_line() -> None:
     assert child.wait() == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
     shown = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
-    assert all(line.startswith(("converting", "measuring")) and len(line) <= 80 for line in shown), shown
+    assert all(line.startswith(("converting", "measuring", "quantizing")) and len(line) <= 80 for line in shown), shown
+    assert any(re.search(r"to 4\.65 bits \S+ +50% 1h 07m left model\.layers\.2\.a_name\S*…", line) for line in shown)
     assert any(re.search(r"model\.layers\.\S*…", line) for line in shown)
     assert any("120.0/140.0 GB" in line for line in shown)
     assert any("the sensitivity of" in line for line in shown)

@@ -63,6 +63,7 @@ def test_a_request_is_read() -> None:
     assert body.conversation == HI["messages"]
     assert chat(max_tokens=6).limit == 6
     assert chat(stop=["a", "b"]).stop == ["a", "b"]
+    assert chat(stop_token_ids=[2, 0]).stop_token_ids == [2, 0]
 
 
 @pytest.mark.parametrize("name", [*NEUTRAL, *NOTES, "max_tokens", "temperature", "stop", "stream", "stream_options"])
@@ -121,6 +122,9 @@ def test_an_unknown_parameter_is_refused(name: str) -> None:
         ("seed", 2**63),
         ("stop", ""),
         ("stop", ["a", 3]),
+        ("stop_token_ids", 3),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", ["a"]),
         ("stream", "yes"),
         ("model", 3),
         ("messages", []),
@@ -174,9 +178,10 @@ def test_a_prompt_is_one_text_or_one_list_of_tokens(prompt: Any) -> None:
 
 
 def test_what_is_left_out_is_as_the_configuration_says() -> None:
-    served = model(max_tokens=9, temperature=0.5, top_p=0.7, seed=11, stop=["END"])
+    served = model(max_tokens=9, temperature=0.5, top_p=0.7, seed=11, stop=["END"], stop_tokens=[7])
     made = engine_request(served, chat(), "a", 3)
-    assert (made.id, made.tokens, made.max_tokens, made.stop) == ("a", [2], 9, ["END"])
+    assert (made.id, made.tokens, made.max_tokens, made.stop, made.stop_tokens) == ("a", [2], 9, ["END"], [7])
+    assert engine_request(served, chat(stop_token_ids=[]), "a", 3).stop_tokens == []
     assert (made.temperature, made.top_p, made.seed) == (0.5, 0.7, 14)
     given = engine_request(served, chat(max_tokens=2, temperature=0, top_p=1, seed=5, stop=[]), "a", 3)
     assert (given.max_tokens, given.temperature, given.top_p, given.seed, given.stop) == (2, 0.0, 1.0, 5, [])
@@ -203,6 +208,8 @@ def test_a_prompt_that_is_longer_than_the_context_is_refused() -> None:
 def test_a_token_that_the_model_does_not_have_is_refused(token: int) -> None:
     assert wrong(text([1, token])) == ("prompt", "invalid_value", 400)
     assert engine_request(model(), text([0, 99]), "a", 0).tokens == [0, 99]
+    if token >= 0:
+        assert wrong(chat(stop_token_ids=[99, token])) == ("stop_token_ids", "invalid_value", 400)
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:
