@@ -44,7 +44,7 @@ from orchestrator.report.console import note, size, steps
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages.converter import Failure, convert
 from orchestrator.stages.exl2_calibration import Calibration, file_identity
-from orchestrator.stages.exl2_gpu import leased_gpu, needed
+from orchestrator.stages.exl2_gpu import cap_of, leased_gpu, needed
 from orchestrator.stages.exl2_job import Record
 from orchestrator.stages.exl2_log import overflow, overflow_error
 from orchestrator.stages.exl2_measurement import (
@@ -430,11 +430,9 @@ class _Job:
         title = {"measure": "measuring", "quantize": f"quantizing to {work.chosen.bits:g} bits"}[self._what]
         if state:
             note(f"{title}: going on where an earlier run stopped ({state})")
-        hardware, need = work.config.hardware, needed(work.source)
-        caps = {gpu.device: gpu.capacity for gpu in work.chosen.gpus} if hardware.memory_gib is not None else {}
-        most = max(caps.values(), default=need)
+        hardware, need = work.config.hardware, needed(work.source, work.length)
         environ = os.environ | child_devices(nvml_gpus()[0])
-        with leased_gpu(hardware, min(need, most), work.run) as device, _progress(work.run, title) as show:
+        with leased_gpu(hardware, need, work.run) as device, _progress(work.run, title) as show:
             return convert(
                 work.python,
                 MODULE,
@@ -446,7 +444,7 @@ class _Job:
                     "CUDA_VISIBLE_DEVICES": visible_devices([device], environ),
                     "HF_HUB_OFFLINE": "1",
                 },
-                limits=[caps.get(device, most)] if caps else (),
+                limits=cap_of(hardware, device),
                 watch=record.keep,
             )
 

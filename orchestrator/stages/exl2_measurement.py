@@ -37,11 +37,11 @@ def read_options(file: Path, source: Checkpoint) -> Options:
         raise NotWhole("wrote no measurement") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise NotWhole(f"wrote a measurement that cannot be read ({error!r})") from None
-    blocks = _blocks(source)
-    missing = sorted(set(blocks) - set(options))
+    wanted = blocks(source)
+    missing = sorted(set(wanted) - set(options))
     if missing:
-        raise NotWhole(f"measured nothing of {len(missing)} of {len(blocks)} blocks, the first is {missing[0]}")
-    return {block: options[block] for block in blocks}
+        raise NotWhole(f"measured nothing of {len(missing)} of {len(wanted)} blocks, the first is {missing[0]}")
+    return {block: options[block] for block in wanted}
 
 
 def judge_measurement(file: Path, source: Checkpoint) -> dict[str, Any]:
@@ -65,20 +65,20 @@ def check_fits(file: Path, source: Checkpoint) -> None:
     Raises:
         NotWhole: it cannot.
     """
-    blocks = _blocks(source)
+    shapes = blocks(source)
     for block, options in read_options(file, source).items():
         try:
-            wanted = sum(_option_bits(options[0][name], shape) for name, shape in blocks[block].items())
+            wanted = sum(_option_bits(options[0][name], shape) for name, shape in shapes[block].items())
             said = int(options[0]["total_bits"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise NotWhole(f"says something else of {block} than a measurement does ({error!r})") from None
-        biases = sum(16 * pad32(out) for out, _ in blocks[block].values())  # counted where a linear has one
+        biases = sum(16 * pad32(out) for out, _ in shapes[block].values())  # counted where a linear has one
         if not 0 <= said - wanted <= biases:
             raise NotWhole(f"was made of a {block} with other shapes")
 
 
-def _blocks(source: Checkpoint) -> dict[str, dict[str, tuple[int, int]]]:
-    """Block -> its linears -> (out, in)."""
+def blocks(source: Checkpoint) -> dict[str, dict[str, tuple[int, int]]]:
+    """Block (attention or MLP of a layer) -> its linears -> (out, in)."""
     found: dict[str, dict[str, tuple[int, int]]] = {}
     for module, shape in Linears.of(source).layers.items():
         block, _, name = module.rpartition(".")

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from exl2_bench import GPU, SHAPE, TESTS, Bench, make_bench
+from exl2_bench import GPU, SHAPE, TESTS, Bench, make_bench, see_gpus
 from exl2_models import measurement, write_exl2
 from small_models import Llama, write_adapter, write_headers
 
@@ -25,6 +25,7 @@ from orchestrator.checkpoint.adapter import open_adapter
 from orchestrator.checkpoint.digest import digest
 from orchestrator.checkpoint.folder import fingerprint, open_checkpoint
 from orchestrator.errors import CheckpointError, ConfigError, DoesNotFitError, EngineUnavailableError, StageError
+from orchestrator.hardware import DRIVER_KEEPS, GIB
 from orchestrator.pipeline import Model, Source, disk_needs, prepare
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages import converter, exl2
@@ -252,6 +253,21 @@ def test_what_the_converter_is_given(bench: Bench) -> None:
     assert seen["config"]["rope_theta"] == 5e5  # the only form that it reads
     assert seen["limits"] == [GPU.free]
     assert seen["env"]["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+def test_a_conversion_takes_the_largest_gpu_that_is_allowed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    see_gpus(monkeypatch, GPU, replace(GPU, index=1))
+    seen: dict[str, Any] = {}
+
+    def convert(*args: Any, **kwargs: Any) -> Any:
+        seen.update(kwargs)
+        raise StageError("seen")
+
+    monkeypatch.setattr(exl2, "convert", convert)
+    with pytest.raises(StageError, match="seen"):  # the model alone would run on the first
+        bench.quantize(4.0, "hardware.memory_gib=[1,20]")
+    assert seen["limits"] == [20 * GIB - DRIVER_KEEPS]
+    assert seen["env"]["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 @pytest.mark.parametrize(
