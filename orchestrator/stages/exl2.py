@@ -97,21 +97,16 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
         DoesNotFitError: it ran out of GPU memory, or the disk has too little room.
     """
     source = open_checkpoint(model.path)
-    if source.quantized or chosen.method != "exl2":
-        _check_rope(source)
-        _check_scaling(source.config, source.path, chosen.max_context)
-        return model  # loaded as it is
-    _check_scaling(written_config(source.config, ""), source.path, chosen.max_context)
+    _check_config(source, chosen)
+    if not _converts(source, chosen):
+        return model
     length = _length(config, source)
     store = Store(folder(config.paths.artifacts))
     choice = _choose(store, config, _inputs(model, source), source, length, chosen.bits)
     made: list[tuple[Artifact, bool]] = []
     if store.find(choice.recipe) is None:
         # Only now: a model that is there needs neither the converter nor a GPU.
-        python = require(BACKENDS[chosen.backend], config, "cuda")
-        if not nvml_gpus()[0]:
-            raise EngineUnavailableError("the conversion to EXL2 needs a CUDA GPU, and there is none here")
-        require_build(python, EXTENSION)
+        python = _converter(config, chosen)
         calibration = Calibration.of(config, length)
         if calibration:
             calibration.check(source.path, python)
@@ -132,6 +127,31 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
     return Model(artifacts[-1].path, (*model.artifacts, *artifacts), (*model.built, *built))
 
 
+def check(
+    config: Config, store: Store, source: Checkpoint, inputs: dict[str, Any] | None, chosen: Candidate, *, here: bool
+) -> None:
+    """Refuses by headers alone what the stage would refuse, before anything is written.
+
+    Args:
+        source: the model that it will be given, with its config.json as it will be then.
+        inputs: the recipe's; None where they are not on this machine yet.
+        here: this machine converts, so that the converter has to be on it, and what its extension is built with.
+
+    Raises:
+        EngineUnavailableError, ConfigError: see `quantize`.
+    """
+    _check_config(source, chosen)
+    if not _converts(source, chosen):
+        return
+    length = _length(config, source)
+    if inputs is not None and store.find(_choose(store, config, inputs, source, length, chosen.bits).recipe):
+        return
+    if config.quant.measurement is not None:
+        _users_measurement(config, source)
+    if here:
+        _converter(config, chosen)
+
+
 def disk_part(
     config: Config, store: Store, source: Checkpoint, inputs: dict[str, Any] | None, chosen: Candidate
 ) -> list[Part]:
@@ -141,11 +161,11 @@ def disk_part(
         source: the model that it will be given, by headers.
         inputs: the recipe's; None where they are not on this machine yet.
     """
-    if source.quantized or chosen.method != "exl2":
-        return []  # loaded as it is
+    if not _converts(source, chosen):
+        return []
     try:
         length = _length(config, source)
-    except ConfigError:  # refused when it is begun: a plan may be about other engines too
+    except ConfigError:  # see `check`
         return []
     head_bits = config.quant.head_bits or _HEAD_BITS
     final, most = _model_bytes(source, chosen.bits, head_bits)
@@ -156,6 +176,24 @@ def disk_part(
         adds = store.to_write(choice.recipe, adds)
         measuring = store.to_write(choice.measurement, measuring) if adds and choice.measurement else 0
     return [Part("of EXL2", final, max(adds, measuring))]
+
+
+def _converts(source: Checkpoint, chosen: Candidate) -> bool:
+    """Whether a model is converted; if not, it is loaded as it is."""
+    return not source.quantized and chosen.method == "exl2"
+
+
+def _converter(config: Config, chosen: Candidate) -> str:
+    """The Python that has the converter.
+
+    Raises:
+        EngineUnavailableError: there is none, no GPU, or nothing to build the converter's extension with.
+    """
+    python = require(BACKENDS[chosen.backend], config, "cuda")
+    if not nvml_gpus()[0]:
+        raise EngineUnavailableError("the conversion to EXL2 needs a CUDA GPU, and there is none here")
+    require_build(python, EXTENSION)
+    return python
 
 
 @dataclass(frozen=True)
@@ -227,6 +265,15 @@ def _verify(store: Store, artifact: Artifact, run: RunFolder) -> None:
     )
 
 
+def _check_config(source: Checkpoint, chosen: Candidate) -> None:
+    """Refuses a config.json that exllamav2 would read wrong. (What is converted gets both forms of the rope keys.)"""
+    if _converts(source, chosen):
+        _check_scaling(written_config(source.config, ""), source.path, chosen.max_context)
+        return
+    _check_rope(source)
+    _check_scaling(source.config, source.path, chosen.max_context)
+
+
 def _check_rope(source: Checkpoint) -> None:
     """exllamav2 reads the old rope keys only, and takes a theta of 10000 where there are none."""
     if written_config(source.config, "") != source.config and "rope_theta" not in source.config:
@@ -287,11 +334,7 @@ def _measured(store: Store, work: _Work, choice: _Choice, made: list[tuple[Artif
     """The measurement file: the user's, the store's, or one that is made now."""
     recipe = choice.measurement
     if recipe is None:
-        path = folder(str(work.config.quant.measurement))
-        try:
-            check_fits(path, work.source)
-        except NotWhole as error:
-            raise ConfigError(f"quant.measurement={path} is not of this model: it {error}") from None
+        path = _users_measurement(work.config, work.source)
         note("quant.measurement: of blocks with the names and shapes of this model's, whichever was measured")
         return path
     if choice.whose != _OWN:
@@ -299,6 +342,20 @@ def _measured(store: Store, work: _Work, choice: _Choice, made: list[tuple[Artif
     room = _states_bytes(work.config, work.source, work.length, "measure")
     made.append(_build(store, recipe, partial(_measure, work), room, work))
     return made[-1][0].path / FILE
+
+
+def _users_measurement(config: Config, source: Checkpoint) -> Path:
+    """quant.measurement, which is set.
+
+    Raises:
+        ConfigError: it is none, or not of such a model.
+    """
+    path = folder(str(config.quant.measurement))
+    try:
+        check_fits(path, source)
+    except NotWhole as error:
+        raise ConfigError(f"quant.measurement={path} is not of this model: it {error}") from None
+    return path
 
 
 def _build(

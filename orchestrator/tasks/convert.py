@@ -21,7 +21,7 @@ from orchestrator.pipeline import Model, Source, disk_needs, merged, prepare
 from orchestrator.plan.disk import existing, must_be_writable, must_have_room
 from orchestrator.report.console import note
 from orchestrator.runfolder import RunFolder
-from orchestrator.tasks.session import bring, has_room, look
+from orchestrator.tasks.session import bring, can_convert, has_room, look
 
 _SUFFIX = ".unfinished"  # of the hidden folder in which an output is made
 _ANOTHER = "Name a new folder, or remove what is in it."
@@ -82,7 +82,7 @@ def _merged(config: Config, run: RunFolder) -> tuple[Source, Model]:
 
 def _quantized(config: Config, run: RunFolder) -> tuple[Source, Model]:
     """What the engine that the plan chooses would load. For another machine, maybe: it need not fit here."""
-    planned = look(config, planning=True, check=has_room)
+    planned = look(config, planning=True, check=can_convert)
     has_room(planned)
     chosen = planned.plan.chosen
     if not BACKENDS[chosen.backend].stages and chosen.bits < 16:

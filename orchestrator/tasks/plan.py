@@ -16,7 +16,7 @@ from orchestrator.report.console import console
 from orchestrator.report.plan import bars, candidates_table, changes_table, command, legend
 from orchestrator.report.tables import fitting
 from orchestrator.runfolder import RunFolder
-from orchestrator.tasks.session import Planned, fits, has_room, look, show_plan
+from orchestrator.tasks.session import Planned, can_be_made, fits, has_room, look, show_plan
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,12 +29,13 @@ def plan(config: Config, folder: RunFolder) -> None:
 
     Raises:
         DoesNotFitError: nothing that was asked for fits, or this machine's disk has no room for what is written.
-        ConfigError: what has to be written cannot be, on this machine; all that was asked for would run from a
-            checkpoint only that nothing here makes.
+        ConfigError: what has to be written cannot be, on this machine; the conversion would be refused; all that was
+            asked for would run from a checkpoint only that nothing here makes.
     """
     planned = look(config, planning=True, download=False, bare=True)
     chosen = planned.plan.chosen
-    run = command(_typed(), chosen, config) if chosen.fits and not chosen.needs else None
+    can_be_run = chosen.fits and not chosen.needs
+    run = command(_typed(), chosen, config) if can_be_run else None
     folder.write("plan.json", planned.to_json() | {"command": run})
     out = console(sys.stdout)
     show_plan(planned, chosen, out)
@@ -50,6 +51,7 @@ def plan(config: Config, folder: RunFolder) -> None:
     fits(planned)
     if chosen.needs and config.quant.method != chosen.method:  # who names the method wants to see it beside the others
         raise not_made(chosen)
+    can_be_made(planned)
     if not planned.elsewhere:
         has_room(planned)
 

@@ -29,7 +29,17 @@ from orchestrator.errors import OutOfMemoryError, RequestError
 from orchestrator.hardware import Hardware, child_devices, detect
 from orchestrator.hardware.lease import leases
 from orchestrator.hub.locate import ADAPTER, MODEL, Located, NoPartsError, locate
-from orchestrator.pipeline import Model, Source, disk_needs, is_built, planned_spec, prepare, tokenizer_folder, versions
+from orchestrator.pipeline import (
+    Model,
+    Source,
+    check_stages,
+    disk_needs,
+    is_built,
+    planned_spec,
+    prepare,
+    tokenizer_folder,
+    versions,
+)
 from orchestrator.plan.disk import Need, must_be_writable, must_have_room
 from orchestrator.plan.planner import make_plan, must_fit, runnable
 from orchestrator.plan.ranking import why
@@ -68,8 +78,11 @@ class Planned:
     def to_json(self) -> dict[str, Any]:
         """What plan.json says: the plan, of which model and which adapters it is, and what it writes to the disk."""
         store, *output = (need.to_json() for need in self.disk)
-        disk = {"disk_needed": store, "output_needed": output[0] if output else None}
-        return self.source.identity() | self.plan.to_json() | disk
+        needed = {
+            "disk_needed": store,
+            "output_needed": output[0] if output else None,
+        }
+        return self.source.identity() | self.plan.to_json() | needed
 
 
 @dataclass(frozen=True)
@@ -146,10 +159,25 @@ def has_room(planned: Planned) -> None:
     must_have_room(planned.disk)
 
 
-def can_run(planned: Planned) -> None:
-    """Raises DoesNotFitError unless the plan fits, and what it writes does too."""
-    fits(planned)
+def can_be_made(planned: Planned) -> None:
+    """Raises what the engine's own conversion would, as far as headers show it, before it, or anything, is begun.
+
+    Raises:
+        ConfigError: settings or a file of the user's that do not go with this model.
+    """
+    check_stages(planned.config, planned.source, planned.plan.chosen, here=False)
+
+
+def can_convert(planned: Planned) -> None:
+    """Raises unless the chosen candidate's files can be made, and written."""
+    can_be_made(planned)
     has_room(planned)
+
+
+def can_run(planned: Planned) -> None:
+    """Raises DoesNotFitError unless the plan fits, and what it makes and writes does too."""
+    fits(planned)
+    can_convert(planned)
 
 
 def look(
@@ -221,7 +249,8 @@ def _planned(config: Config, places: Places, planning: bool, *, bare: bool = Fal
     if config is not asked:
         plan = replace(plan, notes=(*plan.notes, EMBEDDED_NOTE))
     elsewhere = planning and config.hardware.cards is not None
-    return Planned(config, source, spec, hardware, plan, disk_needs(config, source, plan.chosen), elsewhere)
+    disk = disk_needs(config, source, plan.chosen)
+    return Planned(config, source, spec, hardware, plan, disk, elsewhere)
 
 
 def find_places(config: Config, *, latest: bool) -> Places:

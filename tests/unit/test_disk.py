@@ -1,4 +1,4 @@
-"""What a request writes to the disk is told, and refused where there is no room, before anything starts."""
+"""What a request writes to the disk, and what a conversion takes, is told and refused before anything starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from composing import composed
 from small_models import LLAMA_7B, Llama
 
 from orchestrator.config import Config
-from orchestrator.errors import DoesNotFitError
+from orchestrator.engine import interpreters
+from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError
 from orchestrator.hardware import GIB
 from orchestrator.pipeline import disk_needs, merged
 from orchestrator.plan.disk import Need, Part, must_have_room, output_need, store_need
@@ -189,6 +190,39 @@ def test_a_disk_that_cannot_be_asked_refuses_nothing(tmp_path: Path) -> None:
     assert need.free is None
     must_have_room([need])
     assert str(need) == f"1.00 GiB for the merged model in {tmp_path / 'file' / 'store'}"
+
+
+EXL2 = ("backend=exllamav2", "quant.bits=4")
+
+
+def planned(place: Place, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What a plan prints, in one line."""
+    plan(place.config(*argv, task="plan"), place.run)
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_plan_refuses_what_its_conversion_would(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    file = place.folder / "mine.json"
+    file.write_text("{}")
+    argv = ("hardware=1x24gb", *EXL2)
+    with pytest.raises(ConfigError, match=rf"quant\.measurement={file} is not of this model"):
+        planned(place, capsys, *argv, f"quant.measurement={file}")
+    with pytest.raises(ConfigError, match=r"calibration\.length=4096 is more than the model's 2048 positions"):
+        planned(place, capsys, *argv, "quant.calibration.length=4096")
+    config = SHAPE.config() | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    (place.base / "config.json").write_text(json.dumps(config))
+    planned(place, capsys, *argv, "model.max_context=2048")
+    with pytest.raises(ConfigError, match="exllamav2 does not scale beyond 2048 tokens"):
+        planned(place, capsys, *argv, "model.max_context=4096")
+
+
+def test_a_conversion_without_its_engine_merges_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreters, "missing_here", lambda backend: list(backend.packages))
+    argv = ("hardware=1x24gb", *EXL2, f"model.adapter={place.adapter}", f"paths.engines={place.folder / 'none'}")
+    with pytest.raises(EngineUnavailableError, match="backend=exllamav2 is not installed here") as caught:
+        convert(place.config(*argv, task="convert"), place.run)
+    assert caught.value.exit_code == 4
+    assert not place.store.exists()
 
 
 def test_the_line_is_in_plain_words(tmp_path: Path) -> None:
