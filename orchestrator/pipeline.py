@@ -24,6 +24,7 @@ from orchestrator.checkpoint.spec import ModelSpec, model_spec
 from orchestrator.config import DEFAULT_SHARD, Config, folder, parse_size
 from orchestrator.errors import StageError
 from orchestrator.hub.locate import Located
+from orchestrator.plan.conversion import Conversion, must_have_memory
 from orchestrator.plan.disk import Need, Part, output_need, store_need
 from orchestrator.plan.types import Candidate
 from orchestrator.report.console import note, progress, size
@@ -141,6 +142,7 @@ def prepare(config: Config, source: Source, chosen: Candidate, run: RunFolder) -
     """
     backend = BACKENDS[chosen.backend]
     check_stages(config, source, chosen, here=True)
+    must_have_memory(conversion(config, source, chosen, planning=False))
     on_top: list[tuple[Artifact, bool]] = []
     if source.unmerged:
         module, function = backend.unmerged.split(":")
@@ -201,6 +203,20 @@ def check_stages(config: Config, source: Source, chosen: Candidate, *, here: boo
     store = Store(folder(config.paths.artifacts))
     for stage in _own_stages(chosen):
         stage.check(config, store, *_given(config, source), chosen, here=here)
+
+
+def conversion(config: Config, source: Source, chosen: Candidate, *, planning: bool) -> Conversion | None:
+    """What the engine's own conversion takes of a GPU and of the host; None where there is nothing to convert.
+
+    Args:
+        planning: a profile stands for the machine.
+    """
+    store = Store(folder(config.paths.artifacts))
+    found = (
+        stage.conversion(config, store, *_given(config, source), chosen, planning=planning)
+        for stage in _own_stages(chosen)
+    )
+    return next((one for one in found if one is not None), None)
 
 
 def _own_stages(chosen: Candidate) -> list[Any]:

@@ -37,14 +37,15 @@ from orchestrator.engine.interpreters import require
 from orchestrator.errors import ConfigError, EngineUnavailableError, StageError
 from orchestrator.hardware import child_devices, nvml_gpus
 from orchestrator.pipeline import Model
+from orchestrator.plan.conversion import Conversion
 from orchestrator.plan.disk import Part
 from orchestrator.plan.exl2_sizes import head_file_bytes, pad32
 from orchestrator.plan.types import Candidate
 from orchestrator.report.console import note, size, steps
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages.converter import Failure, convert
-from orchestrator.stages.exl2_calibration import Calibration, file_identity
-from orchestrator.stages.exl2_gpu import cap_of, leased_gpu, needed
+from orchestrator.stages.exl2_calibration import MEASURED_ROWS, Calibration, file_identity
+from orchestrator.stages.exl2_gpu import cap_of, leased_gpu, most_free, needed
 from orchestrator.stages.exl2_job import Record
 from orchestrator.stages.exl2_log import overflow, overflow_error
 from orchestrator.stages.exl2_measurement import (
@@ -54,6 +55,7 @@ from orchestrator.stages.exl2_measurement import (
     expected_bits,
     judge_measurement,
 )
+from orchestrator.stages.exl2_memory import host_needed
 from orchestrator.stages.exl2_result import Linears, NotWhole, judge_model, verify_artifact
 
 VERSION = "1"
@@ -150,6 +152,41 @@ def check(
         _users_measurement(config, source)
     if here:
         _converter(config, chosen)
+
+
+def conversion(
+    config: Config,
+    store: Store,
+    source: Checkpoint,
+    inputs: dict[str, Any] | None,
+    chosen: Candidate,
+    *,
+    planning: bool,
+) -> Conversion | None:
+    """What the stage will take of one GPU and of the host; None where it has nothing to convert.
+
+    Args:
+        source, inputs: as for `check`.
+        planning: a profile stands for the machine.
+    """
+    if not _converts(source, chosen):
+        return None
+    try:
+        length = _length(config, source)
+    except ConfigError:  # see `check`
+        return None
+    measures = config.quant.measurement is None
+    if inputs is not None:
+        choice = _choose(store, config, inputs, source, length, chosen.bits)
+        if store.find(choice.recipe):
+            return None
+        measures = choice.measurement is not None and store.find(choice.measurement) is None
+    calibration = Calibration.of(config, length)
+    rows = calibration.rows if calibration else _ROWS["quantize"]
+    measured = min(rows, MEASURED_ROWS) if calibration else _ROWS["measure"]
+    gpu_free, host_free = most_free(config.hardware, planning=planning)
+    host = host_needed(source, chosen.bits, length, measured if measures else None, rows)
+    return Conversion("to EXL2", needed(source, length), gpu_free, host, host_free)
 
 
 def disk_part(

@@ -19,7 +19,7 @@ from orchestrator.stages.exl2_result import Linears
 
 _ANYHOW = 5 * GIB  # at most, beside what grows with the square of the width; by exllamav2's documentation
 _CUDA = 3 * GIB // 2  # its context and kernels (0.76 GiB, measured), workspaces of its libraries, what fragments
-_DEQUANTIZED = 2**29  # weights at most of a linear that are made 16 bit at a time (X2 config.py, max_dq_size)
+_DEQUANTIZED = 2**29  # weights at most of a linear that are made 16 bit at a time (its config.py, max_dq_size)
 _SQUARES = 6  # float32 matrices of (inputs x inputs) of the widest linear: its Hessian, the inverse, their factors
 _HEADS = 3  # float32 copies of the head
 _LENGTH = 2048  # tokens of a calibration row: the converter's own default

@@ -28,13 +28,14 @@ def plan(config: Config, folder: RunFolder) -> None:
     """Prints the plan, every candidate, and the command that runs the best on stdout; plan.json has all of it.
 
     Raises:
-        DoesNotFitError: nothing that was asked for fits, or this machine's disk has no room for what is written.
+        DoesNotFitError: nothing that was asked for fits, the conversion takes more memory than there is, or this
+            machine's disk has no room for what is written.
         ConfigError: what has to be written cannot be, on this machine; the conversion would be refused; all that was
             asked for would run from a checkpoint only that nothing here makes.
     """
     planned = look(config, planning=True, download=False, bare=True)
     chosen = planned.plan.chosen
-    can_be_run = chosen.fits and not chosen.needs
+    can_be_run = chosen.fits and not chosen.needs and _is_convertible(planned)
     run = command(_typed(), chosen, config) if can_be_run else None
     folder.write("plan.json", planned.to_json() | {"command": run})
     out = console(sys.stdout)
@@ -63,13 +64,17 @@ def _fitting(out: Console, plan: Plan, table: Callable[..., Table]) -> Table | T
 def _to_run(planned: Planned, config: Config) -> Iterator[str]:
     """The command of the best; where its engine has to be installed first, also that of the best that is here."""
     runs = [c for c in planned.plan.candidates if c.fits and not c.needs]
-    if not runs:
+    if not runs or not _is_convertible(planned):
         return
     first = "" if runs[0].installed else " (once its engine is installed)"
     yield f"To run it{first}: {command(_typed(), runs[0], config)}"
     here = next((c for c in runs if c.installed), None)
     if here is not None and here is not runs[0]:
         yield f"With what is installed ({here.label}): {command(_typed(), here, config)}"
+
+
+def _is_convertible(planned: Planned) -> bool:
+    return planned.conversion is None or not planned.conversion.lacks
 
 
 def _missing(planned: Planned) -> list[str]:

@@ -27,9 +27,9 @@ from orchestrator.checkpoint.digest import digest
 from orchestrator.checkpoint.folder import fingerprint, open_checkpoint
 from orchestrator.errors import CheckpointError, ConfigError, DoesNotFitError, EngineUnavailableError, StageError
 from orchestrator.hardware import DRIVER_KEEPS, GIB
-from orchestrator.pipeline import Model, Source, check_stages, disk_needs, prepare
+from orchestrator.pipeline import Model, Source, check_stages, conversion, disk_needs, prepare
 from orchestrator.runfolder import RunFolder
-from orchestrator.stages import converter, exl2
+from orchestrator.stages import converter, exl2, exl2_gpu
 from orchestrator.stages.exl2_log import overflow
 from orchestrator.stages.exl2_measurement import expected_bits, judge_measurement
 from orchestrator.stages.exl2_result import NotWhole, judge_model
@@ -357,6 +357,44 @@ def test_what_is_not_installed_is_said_before_the_merge(
     with pytest.raises(EngineUnavailableError, match=r"not here|there is none here"):
         prepare(config, to_merge, chosen, bench.run)
     check_stages(config, to_merge, chosen, here=False)  # for another machine
+
+
+@pytest.mark.parametrize(
+    ("gib", "host", "message"),
+    [
+        (1, 60, r"takes 1\.5\d GiB of one GPU, and none has more than 1\.00 GiB free"),
+        (23, 1, r"takes 3\.1\d GiB of host memory, of which 1\.00 GiB are free"),
+        (1, 1, r"takes 1\.5\d GiB of one GPU, .*; and 3\.1\d GiB of host memory"),
+    ],
+)
+def test_too_little_memory_is_said_before_the_merge(
+    bench: Bench, to_merge: Source, monkeypatch: pytest.MonkeyPatch, gib: int, host: int, message: str
+) -> None:
+    chosen = bench.chosen(4.0)
+    see_gpus(monkeypatch, replace(GPU, free=gib * GIB))
+    monkeypatch.setattr(exl2_gpu, "host_memory", lambda: (64 * GIB, host * GIB))
+    with pytest.raises(DoesNotFitError, match=f"the conversion to EXL2 {message}") as caught:
+        prepare(bench.config(), to_merge, chosen, bench.run)
+    assert caught.value.exit_code == 3
+    assert "task=convert output.path=FOLDER" in (caught.value.hint or "")
+
+
+def test_nothing_is_asked_of_a_machine_that_only_loads_what_is_there(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, source, chosen = bench.config(), Source(open_checkpoint(bench.source)), bench.chosen(4.0)
+    before = conversion(config, source, chosen, planning=False)
+    assert before is not None
+    assert (before.gpu_free, before.host_free, before.lacks) == (23 * GIB, 60 * GIB, "")
+    assert before.to_json()["gpu"] == {"bytes": before.gpu, "free": 23 * GIB}
+    bench.quantize()
+    again = conversion(config, source, bench.chosen(6.0), planning=False)
+    assert again is not None  # with the measurement that there is
+
+    see_gpus(monkeypatch, replace(GPU, free=GIB))
+    monkeypatch.setattr(exl2, "require", lambda *_: pytest.fail("it is converted already"))
+    assert conversion(config, source, chosen, planning=False) is None
+    assert prepare(config, source, chosen, bench.run).built == ()
 
 
 @pytest.mark.parametrize(
