@@ -70,8 +70,8 @@ def usable(config: HardwareConfig, *, idle: bool) -> list[Gpu]:
     """
     gpus = detect(HardwareConfig(), planning=False, idle=idle).gpus
     allowed = [gpu for gpu in gpus if config.gpus is None or gpu.index in config.gpus] or list(gpus)
-    caps = _caps(config)
-    return [replace(gpu, free=min([gpu.free, *_cap(caps, gpu.index)])) for gpu in allowed]
+    caps, reserve = _caps(config), int(config.reserve_gib * GIB)
+    return [replace(gpu, free=min([max(0, gpu.free - reserve), *_cap(caps, gpu.index)])) for gpu in allowed]
 
 
 def cap_of(config: HardwareConfig, device: str) -> list[int]:

@@ -20,7 +20,7 @@ from orchestrator.hardware import lease as module
 from orchestrator.hardware.lease import Wanted, lease, leases
 from orchestrator.plan.types import Candidate
 from orchestrator.runfolder import RunFolder
-from orchestrator.stages.exl2_gpu import cap_of, leased_gpu, most_free, needed
+from orchestrator.stages.exl2_gpu import cap_of, leased_gpu, most_free, needed, usable
 from orchestrator.tasks.gpus import leased
 from orchestrator.tasks.session import Planned, load_plan, look
 
@@ -245,6 +245,7 @@ def test_other_runs_do_not_count_against_a_conversion_that_can_wait_for_them(
     others.take(CARDS[0], 20 * GIB)
     others.take(CARDS[1], 20 * GIB)
     assert most_free(HardwareConfig(), planning=False)[0] == 23 * GIB
+    assert {gpu.free for gpu in usable(HardwareConfig(reserve_gib=2), idle=False)} == {1 * GIB}
     profile = HardwareConfig("4x48gb", cards=4, memory_gib=48)
     assert most_free(profile, planning=True) == (48 * GIB - DRIVER_KEEPS, None)  # nothing is known of its host
     cards(monkeypatch)
