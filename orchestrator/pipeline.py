@@ -7,7 +7,7 @@ import importlib.metadata
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,7 @@ class Source:
         name: of the base, for a person: its hub id, its folder.
         commit: of the base, where it is the hub's.
         places: where the adapters lie.
+        laid_out: see `loaded`; by the dtype. A plan asks for it again and again.
     """
 
     base: Checkpoint
@@ -75,6 +76,7 @@ class Source:
     embedded: bool = False
     commit: str | None = None
     places: tuple[Located, ...] = ()
+    laid_out: dict[str | None, Checkpoint] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def label(self) -> str:
@@ -267,7 +269,11 @@ def loaded(config: Config, source: Source) -> Checkpoint:
     from orchestrator.stages.merged import merged_checkpoint
 
     dtype = _dtype(config)
-    return merged_checkpoint(source.base, source.adapters, dtype) if source.adapters or dtype else source.base
+    if not (source.adapters or dtype):
+        return source.base
+    if dtype not in source.laid_out:
+        source.laid_out[dtype] = merged_checkpoint(source.base, source.adapters, dtype)
+    return source.laid_out[dtype]
 
 
 def tokenizer_folder(source: Source) -> Path:
