@@ -402,7 +402,10 @@ def _users_measurement(config: Config, source: Checkpoint) -> Path:
     try:
         check_fits(path, source)
     except NotWhole as error:
-        raise ConfigError(f"quant.measurement={path} is not of this model: it {error}") from None
+        raise ConfigError(
+            f"quant.measurement={path} is not of this model: it {error}",
+            "Leave quant.measurement out: the model is then measured, once for every width.",
+        ) from None
     return path
 
 
