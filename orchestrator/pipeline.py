@@ -7,7 +7,7 @@ import importlib.metadata
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from orchestrator.checkpoint.adapter import fingerprint as adapter_fingerprint
 from orchestrator.checkpoint.adapter_base import unpacked
 from orchestrator.checkpoint.adapter_unmerged import lora_size, lora_targets
 from orchestrator.checkpoint.architectures import layout_of
+from orchestrator.checkpoint.carry import written_config
 from orchestrator.checkpoint.exl2_layout import check_exl2
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.checkpoint.folder import Checkpoint, fingerprint
@@ -25,6 +26,7 @@ from orchestrator.checkpoint.spec import ModelSpec, model_spec
 from orchestrator.config import DEFAULT_SHARD, Config, folder, parse_size
 from orchestrator.errors import StageError
 from orchestrator.hub.locate import Located
+from orchestrator.plan.conversion import Conversion, must_have_memory
 from orchestrator.plan.disk import Need, Part, output_need, store_need
 from orchestrator.plan.exl2_headers import check_planned
 from orchestrator.plan.types import Candidate
@@ -67,6 +69,7 @@ class Source:
         name: of the base, for a person: its hub id, its folder.
         commit: of the base, where it is the hub's.
         places: where the adapters lie.
+        laid_out: see `loaded`; by the dtype. A plan asks for it again and again.
     """
 
     base: Checkpoint
@@ -76,6 +79,7 @@ class Source:
     embedded: bool = False
     commit: str | None = None
     places: tuple[Located, ...] = ()
+    laid_out: dict[str | None, Checkpoint] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def label(self) -> str:
@@ -135,12 +139,15 @@ def prepare(config: Config, source: Source, chosen: Candidate, run: RunFolder) -
     """Runs the stages that a request needs and whose artifact is not there yet: the merge, then the engine's own.
 
     Adapters that are not merged come first: it takes seconds, and what is wrong with one is said before the base is
-    quantized. What that becomes does not depend on them.
+    quantized. What that becomes does not depend on them. Before anything is written, the engine's own stages look at
+    what they will be given: a merge takes an hour, and what they would refuse then is said now.
 
     Raises:
-        CheckpointError, StageError, DoesNotFitError, RequestError: see the stages and the store.
+        CheckpointError, StageError, DoesNotFitError, RequestError, EngineUnavailableError: see the stages, the store.
     """
     backend = BACKENDS[chosen.backend]
+    check_stages(config, source, chosen, here=True)
+    must_have_memory(conversion(config, source, chosen, planning=False))
     on_top: list[tuple[Artifact, bool]] = []
     if source.unmerged:
         module, function = backend.unmerged.split(":")
@@ -188,6 +195,49 @@ def merged(config: Config, source: Source, run: RunFolder) -> Model:
     return Model(artifact.path, (artifact,), (artifact.name,) if built else ())
 
 
+def check_stages(config: Config, source: Source, chosen: Candidate, *, here: bool) -> None:
+    """Refuses by headers alone what the engine's own stages would refuse.
+
+    Args:
+        here: they run on this machine, which has to have what they need.
+
+    Raises:
+        ConfigError: settings or a file of the user's that do not go with this model.
+        EngineUnavailableError: what makes the engine's files is not here; only where there are none in the store yet.
+    """
+    store = Store(folder(config.paths.artifacts))
+    for stage in _own_stages(chosen):
+        stage.check(config, store, *_given(config, source), chosen, here=here)
+
+
+def conversion(config: Config, source: Source, chosen: Candidate, *, planning: bool) -> Conversion | None:
+    """What the engine's own conversion takes of a GPU and of the host; None where there is nothing to convert.
+
+    Args:
+        planning: a profile stands for the machine.
+    """
+    store = Store(folder(config.paths.artifacts))
+    found = (
+        stage.conversion(config, store, *_given(config, source), chosen, planning=planning)
+        for stage in _own_stages(chosen)
+    )
+    return next((one for one in found if one is not None), None)
+
+
+def _own_stages(chosen: Candidate) -> list[Any]:
+    """The modules of an engine's own stages."""
+    return [importlib.import_module(stage.split(":")[0]) for stage in BACKENDS[chosen.backend].stages]
+
+
+def _given(config: Config, source: Source) -> tuple[Checkpoint, dict[str, Any] | None]:
+    """What an engine's own stages will be given, by headers; their recipes' inputs, None where not all is here yet."""
+    model = loaded(config, source)
+    if not _is_written(config, source):
+        return model, {"model": fingerprint(source.base)} if source.is_here else None
+    recipe = merge_recipe(config, source) if source.is_here else None
+    return replace(model, config=written_config(model.config, "")), {"model": recipe.name} if recipe else None
+
+
 def disk_needs(config: Config, source: Source, chosen: Candidate | None) -> tuple[Need, ...]:
     """What a request will write: to the store, and to output.path. What is there already takes nothing.
 
@@ -198,18 +248,15 @@ def disk_needs(config: Config, source: Source, chosen: Candidate | None) -> tupl
         CheckpointError: what cannot be merged.
     """
     store = Store(folder(config.paths.artifacts))
-    model = loaded(config, source)
+    model, inputs = _given(config, source)
     parts = [Part("for the model", model.nbytes, 0)]
-    inputs: dict[str, Any] | None = {"model": fingerprint(source.base)} if source.is_here else None
     if is_written := _is_written(config, source):
         recipe = merge_recipe(config, source) if source.is_here else None
         needed = parts[0].size
         adds = store.to_write(recipe, needed) if recipe else needed
         parts = [Part(f"for the {'merged' if source.adapters else 'converted'} model", needed, adds)]
-        inputs = {"model": recipe.name} if recipe else None
-    for stage in BACKENDS[chosen.backend].stages if chosen is not None else ():
-        disk_part = importlib.import_module(stage.split(":")[0]).disk_part
-        parts += disk_part(config, store, model, inputs, chosen)
+    for stage in _own_stages(chosen) if chosen is not None else ():
+        parts += stage.disk_part(config, store, model, inputs, chosen)
     on_top: list[Part] = []
     if source.unmerged and chosen is not None:
         on_top = importlib.import_module(BACKENDS[chosen.backend].unmerged.split(":")[0]).disk_part(store, source)
@@ -225,7 +272,11 @@ def loaded(config: Config, source: Source) -> Checkpoint:
     from orchestrator.stages.merged import merged_checkpoint
 
     dtype = _dtype(config)
-    return merged_checkpoint(source.base, source.adapters, dtype) if source.adapters or dtype else source.base
+    if not (source.adapters or dtype):
+        return source.base
+    if dtype not in source.laid_out:
+        source.laid_out[dtype] = merged_checkpoint(source.base, source.adapters, dtype)
+    return source.laid_out[dtype]
 
 
 def tokenizer_folder(source: Source) -> Path:

@@ -37,6 +37,7 @@ from orchestrator.engine.interpreters import require
 from orchestrator.errors import ConfigError, EngineUnavailableError, OutputError, StageError
 from orchestrator.hardware import child_devices, nvml_gpus
 from orchestrator.pipeline import Model, is_exl2
+from orchestrator.plan.conversion import Conversion
 from orchestrator.plan.disk import Part
 from orchestrator.plan.exl2_sizes import head_file_bytes, pad32
 from orchestrator.plan.types import Candidate
@@ -44,8 +45,8 @@ from orchestrator.report.console import note, size, steps
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages.converter import Failure, OnStatus, Status, convert
 from orchestrator.stages.exl2_begun import left_behind
-from orchestrator.stages.exl2_calibration import Calibration, file_identity
-from orchestrator.stages.exl2_gpu import leased_gpu, needed
+from orchestrator.stages.exl2_calibration import MEASURED_ROWS, Calibration, file_identity
+from orchestrator.stages.exl2_gpu import cap_of, leased_gpu, most_free, needed
 from orchestrator.stages.exl2_job import Record
 from orchestrator.stages.exl2_log import OverflowWatch, Seen, overflow_error, seen_overflow
 from orchestrator.stages.exl2_measurement import (
@@ -54,6 +55,7 @@ from orchestrator.stages.exl2_measurement import (
     check_fits,
     judge_measurement,
 )
+from orchestrator.stages.exl2_memory import host_needed
 from orchestrator.stages.exl2_mix import check_mix
 from orchestrator.stages.exl2_result import Linears, NotWhole, judge_model, verify_artifact
 
@@ -98,23 +100,18 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
         DoesNotFitError: it ran out of GPU memory, or the disk has too little room.
     """
     source = open_checkpoint(model.path)
-    if source.quantized or chosen.method != "exl2":
-        _check_rope(source)
-        _check_scaling(source.config, source.path, chosen.max_context)
+    _check_config(source, chosen)
+    if not _converts(source, chosen):
         if is_exl2(source) and not config.convert.verify:  # which looks at the same, and says so
             check_exl2(source.path)  # all but the weights: seconds at most, before minutes of loading
-        return model  # loaded as it is
-    _check_scaling(written_config(source.config, ""), source.path, chosen.max_context)
+        return model
     length = _length(config, source)
     store = Store(folder(config.paths.artifacts))
     choice = _choose(store, config, _inputs(model, source), source, length, chosen.bits)
     made: list[tuple[Artifact, bool]] = []
     if store.find(choice.recipe) is None:
         # Only now: a model that is there needs neither the converter nor a GPU.
-        python = require(BACKENDS[chosen.backend], config, "cuda")
-        if not nvml_gpus()[0]:
-            raise EngineUnavailableError("the conversion to EXL2 needs a CUDA GPU, and there is none here")
-        require_build(python, EXTENSION)
+        python = _converter(config, chosen)
         calibration = Calibration.of(config, length)
         if calibration:
             calibration.check(source.path, python)
@@ -137,6 +134,66 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
     return Model(artifacts[-1].path, (*model.artifacts, *artifacts), (*model.built, *built))
 
 
+def check(
+    config: Config, store: Store, source: Checkpoint, inputs: dict[str, Any] | None, chosen: Candidate, *, here: bool
+) -> None:
+    """Refuses by headers alone what the stage would refuse, before anything is written.
+
+    Args:
+        source: the model that it will be given, with its config.json as it will be then.
+        inputs: the recipe's; None where they are not on this machine yet.
+        here: this machine converts, so that the converter has to be on it, and what its extension is built with.
+
+    Raises:
+        EngineUnavailableError, ConfigError: see `quantize`.
+    """
+    _check_config(source, chosen)
+    if not _converts(source, chosen):
+        return
+    length = _length(config, source)
+    if inputs is not None and store.find(_choose(store, config, inputs, source, length, chosen.bits).recipe):
+        return
+    if config.quant.measurement is not None:
+        _users_measurement(config, source)
+    if here:
+        _converter(config, chosen)
+
+
+def conversion(
+    config: Config,
+    store: Store,
+    source: Checkpoint,
+    inputs: dict[str, Any] | None,
+    chosen: Candidate,
+    *,
+    planning: bool,
+) -> Conversion | None:
+    """What the stage will take of one GPU and of the host; None where it has nothing to convert.
+
+    Args:
+        source, inputs: as for `check`.
+        planning: a profile stands for the machine.
+    """
+    if not _converts(source, chosen):
+        return None
+    try:
+        length = _length(config, source)
+    except ConfigError:  # see `check`
+        return None
+    measures = config.quant.measurement is None
+    if inputs is not None:
+        choice = _choose(store, config, inputs, source, length, chosen.bits)
+        if store.find(choice.recipe):
+            return None
+        measures = choice.measurement is not None and store.find(choice.measurement) is None
+    calibration = Calibration.of(config, length)
+    rows = calibration.rows if calibration else _ROWS["quantize"]
+    measured = min(rows, MEASURED_ROWS) if calibration else _ROWS["measure"]
+    gpu_free, host_free = most_free(config.hardware, planning=planning)
+    host = host_needed(source, chosen.bits, length, measured if measures else None, rows)
+    return Conversion("to EXL2", needed(source, length), gpu_free, host, host_free)
+
+
 def disk_part(
     config: Config, store: Store, source: Checkpoint, inputs: dict[str, Any] | None, chosen: Candidate
 ) -> list[Part]:
@@ -146,11 +203,11 @@ def disk_part(
         source: the model that it will be given, by headers.
         inputs: the recipe's; None where they are not on this machine yet.
     """
-    if source.quantized or chosen.method != "exl2":
-        return []  # loaded as it is
+    if not _converts(source, chosen):
+        return []
     try:
         length = _length(config, source)
-    except ConfigError:  # refused when it is begun: a plan may be about other engines too
+    except ConfigError:  # see `check`
         return []
     head_bits = config.quant.head_bits or _HEAD_BITS
     final, most = _model_bytes(source, chosen.bits, head_bits)
@@ -161,6 +218,24 @@ def disk_part(
         adds = store.to_write(choice.recipe, adds)
         measuring = store.to_write(choice.measurement, measuring) if adds and choice.measurement else 0
     return [Part("of EXL2", final, max(adds, measuring))]
+
+
+def _converts(source: Checkpoint, chosen: Candidate) -> bool:
+    """Whether a model is converted; if not, it is loaded as it is."""
+    return not source.quantized and chosen.method == "exl2"
+
+
+def _converter(config: Config, chosen: Candidate) -> str:
+    """The Python that has the converter.
+
+    Raises:
+        EngineUnavailableError: there is none, no GPU, or nothing to build the converter's extension with.
+    """
+    python = require(BACKENDS[chosen.backend], config, "cuda")
+    if not nvml_gpus()[0]:
+        raise EngineUnavailableError("the conversion to EXL2 needs a CUDA GPU, and there is none here")
+    require_build(python, EXTENSION)
+    return python
 
 
 @dataclass(frozen=True)
@@ -237,6 +312,15 @@ def _verify(store: Store, artifact: Artifact, run: RunFolder) -> None:
     )
 
 
+def _check_config(source: Checkpoint, chosen: Candidate) -> None:
+    """Refuses a config.json that exllamav2 would read wrong. (What is converted gets both forms of the rope keys.)"""
+    if _converts(source, chosen):
+        _check_scaling(written_config(source.config, ""), source.path, chosen.max_context)
+        return
+    _check_rope(source)
+    _check_scaling(source.config, source.path, chosen.max_context)
+
+
 def _check_rope(source: Checkpoint) -> None:
     """exllamav2 reads the old rope keys only, and takes a theta of 10000 where there are none."""
     if written_config(source.config, "") != source.config and "rope_theta" not in source.config:
@@ -300,11 +384,7 @@ def _measured(store: Store, work: _Work, choice: _Choice, made: list[tuple[Artif
     """The measurement file: the user's, the store's, or one that is made now."""
     recipe = choice.measurement
     if recipe is None:
-        path = folder(str(work.config.quant.measurement))
-        try:
-            check_fits(path, work.source)
-        except NotWhole as error:
-            raise ConfigError(f"quant.measurement={path} is not of this model: it {error}") from None
+        path = _users_measurement(work.config, work.source)
         note("quant.measurement: of blocks with the names and shapes of this model's, whichever was measured")
         return path
     if choice.whose != _OWN:
@@ -312,6 +392,23 @@ def _measured(store: Store, work: _Work, choice: _Choice, made: list[tuple[Artif
     room = _states_bytes(work.config, work.source, work.length, "measure")
     made.append(_build(store, recipe, partial(_measure, work), room, work))
     return made[-1][0].path / FILE
+
+
+def _users_measurement(config: Config, source: Checkpoint) -> Path:
+    """quant.measurement, which is set.
+
+    Raises:
+        ConfigError: it is none, or not of such a model.
+    """
+    path = folder(str(config.quant.measurement))
+    try:
+        check_fits(path, source)
+    except NotWhole as error:
+        raise ConfigError(
+            f"quant.measurement={path} is not of this model: it {error}",
+            "Leave quant.measurement out: the model is then measured, once for every width.",
+        ) from None
+    return path
 
 
 def _build(
@@ -449,9 +546,7 @@ class _Job:
         title = {"measure": "measuring", "quantize": f"quantizing to {work.chosen.bits:g} bits"}[self._what]
         if state:
             note(f"{title}: going on where an earlier run stopped ({state})")
-        hardware, need = work.config.hardware, needed(work.source)
-        caps = {gpu.device: gpu.capacity for gpu in work.chosen.gpus} if hardware.memory_gib is not None else {}
-        most = max(caps.values(), default=need)
+        hardware, need = work.config.hardware, needed(work.source, work.length)
         environ = os.environ | child_devices(nvml_gpus()[0])
         log_file = work.run.path / "convert.log"
         watched = OverflowWatch(log_file, self._where)
@@ -460,7 +555,7 @@ class _Job:
             watched.read()
             record.keep()
 
-        with leased_gpu(hardware, min(need, most), work.run) as device, _progress(work.run, title) as show:
+        with leased_gpu(hardware, need, work.run) as device, _progress(work.run, title) as show:
             return convert(
                 work.python,
                 MODULE,
@@ -472,7 +567,7 @@ class _Job:
                     "CUDA_VISIBLE_DEVICES": visible_devices([device], environ),
                     "HF_HUB_OFFLINE": "1",
                 },
-                limits=[caps.get(device, most)] if caps else (),
+                limits=cap_of(hardware, device),
                 watch=watch,
             )
 

@@ -40,13 +40,13 @@ def read_options(file: Path, source: Checkpoint) -> Options:
     if not isinstance(measured, dict):
         raise NotWhole("has no measurement that can be read: no object with measurement and last_module_idx")
     options = {name: found for name, found in measured.items() if isinstance(found, list) and found}
-    blocks = blocks_of(source)
-    missing = sorted(set(blocks) - set(options))
+    wanted = blocks(source)
+    missing = sorted(set(wanted) - set(options))
     if missing:
-        raise NotWhole(f"measured nothing of {len(missing)} of {len(blocks)} blocks, the first is {missing[0]}")
-    if strange := next((block for block in blocks if not all(map(_is_option, options[block]))), None):
+        raise NotWhole(f"measured nothing of {len(missing)} of {len(wanted)} blocks, the first is {missing[0]}")
+    if strange := next((block for block in wanted if not all(map(_is_option, options[block]))), None):
         raise NotWhole(f"says of an option of {strange} not how many bits it takes")
-    return {block: options[block] for block in blocks}
+    return {block: options[block] for block in wanted}
 
 
 def _is_option(value: Any) -> bool:
@@ -75,20 +75,20 @@ def check_fits(file: Path, source: Checkpoint) -> None:
     Raises:
         NotWhole: it cannot.
     """
-    blocks = blocks_of(source)
+    shapes = blocks(source)
     for block, options in read_options(file, source).items():
         try:
-            wanted = sum(option_bits(options[0][name], shape) for name, shape in blocks[block].items())
+            wanted = sum(option_bits(options[0][name], shape) for name, shape in shapes[block].items())
             said = int(options[0]["total_bits"])
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
             raise NotWhole(f"says something else of {block} than a measurement of such a model does") from None
-        biases = sum(16 * pad32(out) for out, _ in blocks[block].values())  # counted where a linear has one
+        biases = sum(16 * pad32(out) for out, _ in shapes[block].values())  # counted where a linear has one
         if not 0 <= said - wanted <= biases:
             raise NotWhole(f"was made of a {block} with other shapes")
 
 
-def blocks_of(source: Checkpoint) -> dict[str, dict[str, tuple[int, int]]]:
-    """Block -> its linears -> (out, in)."""
+def blocks(source: Checkpoint) -> dict[str, dict[str, tuple[int, int]]]:
+    """Block (attention or MLP of a layer) -> its linears -> (out, in)."""
     found: dict[str, dict[str, tuple[int, int]]] = {}
     for module, shape in Linears.of(source).layers.items():
         block, _, name = module.rpartition(".")

@@ -17,7 +17,7 @@ from orchestrator.checkpoint.folder import Checkpoint
 from orchestrator.checkpoint.trust import shown
 from orchestrator.plan.exl2_sizes import pad32
 from orchestrator.stages.exl2_job import RECORD
-from orchestrator.stages.exl2_measurement import Options, blocks_of, option_bits, read_options
+from orchestrator.stages.exl2_measurement import Options, blocks, option_bits, read_options
 from orchestrator.stages.exl2_result import Linears, NotWhole
 
 _WORD = 32  # bits: the last group of a linear is filled up to whole ones
@@ -41,7 +41,7 @@ def check_mix(packed: Mapping[str, Packed], work: Path, measurement: Path, sourc
     chosen = _read(work / RECORD, options)
     weights = sum(pad32(out) * rows for out, rows in Linears.of(source).layers.values())
     _check_target([(options[block], option) for block, option in chosen.items()], bits * weights)
-    for block, shapes in blocks_of(source).items():
+    for block, shapes in blocks(source).items():
         for name, shape in shapes.items():
             try:
                 wanted = option_bits(chosen[block][name], shape)

@@ -22,7 +22,7 @@ from orchestrator.plan.disk import existing, must_be_writable, must_have_room
 from orchestrator.report.console import note
 from orchestrator.runfolder import RunFolder
 from orchestrator.tasks.proof import load_once
-from orchestrator.tasks.session import bring, has_room, look
+from orchestrator.tasks.session import bring, can_convert, has_room, look
 
 _SUFFIX = ".unfinished"  # of the hidden folder in which an output is made
 _ANOTHER = "Name a new folder, or remove what is in it."
@@ -92,7 +92,7 @@ def _quantized(config: Config, run: RunFolder) -> tuple[Source, Model, str]:
     Returns:
         What was asked for, the model, and why what was made of it was not loaded here ("" where it was).
     """
-    planned = look(config, planning=True, check=has_room)
+    planned = look(config, planning=True, check=can_convert)
     has_room(planned)
     chosen = planned.plan.chosen
     if not BACKENDS[chosen.backend].stages and chosen.bits < 16:

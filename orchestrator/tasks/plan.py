@@ -16,7 +16,7 @@ from orchestrator.report.console import console
 from orchestrator.report.plan import bars, candidates_table, changes_table, command, legend
 from orchestrator.report.tables import fitting
 from orchestrator.runfolder import RunFolder
-from orchestrator.tasks.session import Planned, fits, has_room, look, show_plan
+from orchestrator.tasks.session import Planned, can_be_made, fits, has_room, look, show_plan
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,13 +28,15 @@ def plan(config: Config, folder: RunFolder) -> None:
     """Prints the plan, every candidate, and the command that runs the best on stdout; plan.json has all of it.
 
     Raises:
-        DoesNotFitError: nothing that was asked for fits, or this machine's disk has no room for what is written.
-        ConfigError: what has to be written cannot be, on this machine; all that was asked for would run from a
-            checkpoint only that nothing here makes.
+        DoesNotFitError: nothing that was asked for fits, the conversion takes more memory than there is, or this
+            machine's disk has no room for what is written.
+        ConfigError: what has to be written cannot be, on this machine; the conversion would be refused; all that was
+            asked for would run from a checkpoint only that nothing here makes.
     """
     planned = look(config, planning=True, download=False, bare=True)
     chosen = planned.plan.chosen
-    run = command(_typed(), chosen, config) if chosen.fits and not chosen.needs else None
+    can_be_run = chosen.fits and not chosen.needs and _is_convertible(planned)
+    run = command(_typed(), chosen, config) if can_be_run else None
     folder.write("plan.json", planned.to_json() | {"command": run})
     out = console(sys.stdout)
     show_plan(planned, chosen, out)
@@ -50,6 +52,7 @@ def plan(config: Config, folder: RunFolder) -> None:
     fits(planned)
     if chosen.needs and config.quant.method != chosen.method:  # who names the method wants to see it beside the others
         raise not_made(chosen)
+    can_be_made(planned)
     if not planned.elsewhere:
         has_room(planned)
 
@@ -61,13 +64,17 @@ def _fitting(out: Console, plan: Plan, table: Callable[..., Table]) -> Table | T
 def _to_run(planned: Planned, config: Config) -> Iterator[str]:
     """The command of the best; where its engine has to be installed first, also that of the best that is here."""
     runs = [c for c in planned.plan.candidates if c.fits and not c.needs]
-    if not runs:
+    if not runs or not _is_convertible(planned):
         return
     first = "" if runs[0].installed else " (once its engine is installed)"
     yield f"To run it{first}: {command(_typed(), runs[0], config)}"
     here = next((c for c in runs if c.installed), None)
     if here is not None and here is not runs[0]:
         yield f"With what is installed ({here.label}): {command(_typed(), here, config)}"
+
+
+def _is_convertible(planned: Planned) -> bool:
+    return planned.conversion is None or not planned.conversion.lacks
 
 
 def _missing(planned: Planned) -> list[str]:

@@ -30,7 +30,19 @@ from orchestrator.errors import OutOfMemoryError, RequestError
 from orchestrator.hardware import Hardware, child_devices, detect
 from orchestrator.hardware.lease import leases
 from orchestrator.hub.locate import ADAPTER, MODEL, Located, NoPartsError, locate
-from orchestrator.pipeline import Model, Source, disk_needs, is_built, planned_spec, prepare, tokenizer_folder, versions
+from orchestrator.pipeline import (
+    Model,
+    Source,
+    check_stages,
+    conversion,
+    disk_needs,
+    is_built,
+    planned_spec,
+    prepare,
+    tokenizer_folder,
+    versions,
+)
+from orchestrator.plan.conversion import Conversion, must_have_memory
 from orchestrator.plan.disk import Need, must_be_writable, must_have_room
 from orchestrator.plan.planner import make_plan, must_fit, runnable
 from orchestrator.plan.ranking import why
@@ -64,13 +76,18 @@ class Planned:
     hardware: Hardware
     plan: Plan
     disk: tuple[Need, ...]  # what the chosen candidate writes to the store, and to output.path
+    conversion: Conversion | None  # what making its files takes of a GPU and of the host
     elsewhere: bool  # the hardware is another machine's
 
     def to_json(self) -> dict[str, Any]:
         """What plan.json says: the plan, of which model and which adapters it is, and what it writes to the disk."""
         store, *output = (need.to_json() for need in self.disk)
-        disk = {"disk_needed": store, "output_needed": output[0] if output else None}
-        return self.source.identity() | self.plan.to_json() | disk
+        needed = {
+            "disk_needed": store,
+            "output_needed": output[0] if output else None,
+            "conversion_needed": self.conversion.to_json() if self.conversion is not None else None,
+        }
+        return self.source.identity() | self.plan.to_json() | needed
 
 
 @dataclass(frozen=True)
@@ -148,10 +165,27 @@ def has_room(planned: Planned) -> None:
     must_have_room(planned.disk)
 
 
-def can_run(planned: Planned) -> None:
-    """Raises DoesNotFitError unless the plan fits, and what it writes does too."""
-    fits(planned)
+def can_be_made(planned: Planned) -> None:
+    """Raises what the engine's own conversion would, as far as headers show it, before it, or anything, is begun.
+
+    Raises:
+        ConfigError: settings or a file of the user's that do not go with this model.
+        DoesNotFitError: it takes more memory than there is.
+    """
+    check_stages(planned.config, planned.source, planned.plan.chosen, here=False)
+    must_have_memory(planned.conversion)
+
+
+def can_convert(planned: Planned) -> None:
+    """Raises unless the chosen candidate's files can be made, and written."""
+    can_be_made(planned)
     has_room(planned)
+
+
+def can_run(planned: Planned) -> None:
+    """Raises DoesNotFitError unless the plan fits, and what it makes and writes does too."""
+    fits(planned)
+    can_convert(planned)
 
 
 def look(
@@ -220,10 +254,32 @@ def _planned(config: Config, places: Places, planning: bool, *, bare: bool = Fal
         # Other runs are in the way: it is planned for when they have ended, and waits for that.
         hardware = detect(config.hardware, planning=False, artifacts=folder(config.paths.artifacts), idle=True)
         plan = make_plan(config, spec, hardware)
+    if config.backend.name == "auto":
+        plan = _without_unmade(config, source, plan, planning)
     if config is not asked:
         plan = replace(plan, notes=(*plan.notes, EMBEDDED_NOTE))
     elsewhere = planning and config.hardware.cards is not None
-    return Planned(config, source, spec, hardware, plan, disk_needs(config, source, plan.chosen), elsewhere)
+    disk = disk_needs(config, source, plan.chosen)
+    converting = conversion(config, source, plan.chosen, planning=planning)
+    return Planned(config, source, spec, hardware, plan, disk, converting, elsewhere)
+
+
+def _without_unmade(config: Config, source: Source, plan: Plan, planning: bool) -> Plan:
+    """The plan with what cannot be converted as what does not fit, where something else does.
+
+    An engine that was asked for is not exchanged for another: that is refused with the numbers of its conversion.
+    """
+    converting = conversion(config, source, plan.chosen, planning=planning)
+    if not plan.chosen.fits or converting is None or not converting.lacks:
+        return plan
+    made = []
+    for candidate in plan.candidates:
+        found = conversion(config, source, candidate, planning=planning) if candidate.fits else None
+        why = (f"its conversion {found.what} {found.lacks}",) if found is not None and found.lacks else ()
+        made.append(replace(candidate, fits=candidate.fits and not why, reasons=(*candidate.reasons, *why)))
+    made.sort(key=lambda candidate: not candidate.fits)
+    notes = (*plan.notes, f"{plan.chosen.label} is not taken: its conversion {converting.what} {converting.lacks}")
+    return replace(plan, chosen=made[0], candidates=tuple(made), notes=notes) if made[0].fits else plan
 
 
 def find_places(config: Config, *, latest: bool) -> Places:
@@ -310,6 +366,8 @@ def show_plan(planned: Planned, chosen: Candidate, out: Console) -> None:
     for need in planned.disk:
         if need.bytes:
             said(f"on disk: {need}{' (this machine)' if planned.elsewhere else ''}")
+    if planned.conversion is not None:
+        said(f"converting {planned.conversion}")
 
 
 def load_plan(planned: Planned, chosen: Candidate, model: Path, adapters: Sequence[Path] = ()) -> LoadPlan:
@@ -388,7 +446,8 @@ def open_session(
     fits(planned)
     chosen, python = runnable(planned.plan, config, planned.hardware)
     if chosen is not planned.plan.chosen:
-        planned = replace(planned, disk=disk_needs(config, planned.source, chosen))
+        converting = conversion(config, planned.source, chosen, planning=False)
+        planned = replace(planned, disk=disk_needs(config, planned.source, chosen), conversion=converting)
     run.write("plan.json", planned.to_json() | chosen.to_json())
     show_plan(planned, chosen, console())
     has_room(planned)

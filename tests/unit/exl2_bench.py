@@ -21,7 +21,7 @@ from orchestrator.pipeline import Model
 from orchestrator.plan.exllamav2 import estimate
 from orchestrator.plan.types import Ask, Candidate
 from orchestrator.runfolder import RunFolder
-from orchestrator.stages import exl2
+from orchestrator.stages import exl2, exl2_gpu
 
 SHAPE = Llama(layers=2)
 GPU = Gpu(0, "a card", 24 * GIB, 23 * GIB, (8, 6))
@@ -74,6 +74,12 @@ def make_bench(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setenv("EXLLAMA_NO_FLASH_ATTN", "1")  # no import of torch in the child
     monkeypatch.setattr(exl2, "require", lambda *_: sys.executable)
     monkeypatch.setattr(exl2, "require_build", lambda *_: None)
-    for module in (exl2, hardware):
-        monkeypatch.setattr(module, "nvml_gpus", lambda: ((GPU,), ()))
+    monkeypatch.setattr(exl2_gpu, "host_memory", lambda: (64 * GIB, 60 * GIB))
+    see_gpus(monkeypatch, GPU)
     return Bench(folder)
+
+
+def see_gpus(monkeypatch: pytest.MonkeyPatch, *gpus: Gpu) -> None:
+    """The machine has these GPUs."""
+    for module in (exl2, hardware):
+        monkeypatch.setattr(module, "nvml_gpus", lambda: (gpus, ()))

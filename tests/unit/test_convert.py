@@ -146,6 +146,7 @@ def test_an_artifact_whose_smoke_pass_fails_is_not_given_away(bench: Bench) -> N
 def test_where_no_gpu_has_room_it_is_said_that_nothing_was_loaded(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    bench.quantize()  # while there was room
     small = replace(GPU, free=GIB // 2)
     monkeypatch.setattr(hardware, "nvml_gpus", lambda: ((small,), ()))
     result = converted(bench)

@@ -1,4 +1,4 @@
-"""What a request writes to the disk is told, and refused where there is no room, before anything starts."""
+"""What a request writes to the disk, and what a conversion takes, is told and refused before anything starts."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from typing import Any
 import pytest
 import small_models
 from composing import composed
-from small_models import LLAMA_7B, Llama
+from small_models import LLAMA_7B, LLAMA_70B, Llama
 
 from orchestrator.config import Config
-from orchestrator.errors import DoesNotFitError
-from orchestrator.hardware import GIB
+from orchestrator.engine import interpreters
+from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError
+from orchestrator.hardware import DRIVER_KEEPS, GIB
 from orchestrator.pipeline import disk_needs, merged
 from orchestrator.plan.disk import Need, Part, must_have_room, output_need, store_need
 from orchestrator.report.console import size
 from orchestrator.runfolder import RunFolder
+from orchestrator.stages import exl2
 from orchestrator.tasks import session
 from orchestrator.tasks.convert import convert
 from orchestrator.tasks.plan import plan
@@ -189,6 +191,87 @@ def test_a_disk_that_cannot_be_asked_refuses_nothing(tmp_path: Path) -> None:
     assert need.free is None
     must_have_room([need])
     assert str(need) == f"1.00 GiB for the merged model in {tmp_path / 'file' / 'store'}"
+
+
+EXL2 = ("backend=exllamav2", "quant.bits=4")
+
+
+def planned(place: Place, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What a plan prints, in one line."""
+    plan(place.config(*argv, task="plan"), place.run)
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_plan_says_what_its_conversion_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = Place(tmp_path, LLAMA_70B)
+    said = planned(place, capsys, "hardware=2x24gb", *EXL2)
+    assert "converting to EXL2: at most " in said
+    needed = place.json()["conversion_needed"]
+    assert f"{size(needed['gpu']['bytes'])} of one GPU (23.56 GiB free)" in said
+    assert f"and {size(needed['host']['bytes'])} of host memory" in said
+    assert 22 * GIB < needed["gpu"]["bytes"] < needed["gpu"]["free"] == 24 * GIB - DRIVER_KEEPS
+    assert 24 * GIB < needed["host"]["bytes"] < 40 * GIB  # exllamav2's documentation says a machine of 64 GB
+    assert needed["host"]["free"] is None  # a profile's
+    assert "converting" not in planned(place, capsys, "hardware=2x24gb", "quant=nf4")
+    assert place.json()["conversion_needed"] is None
+
+
+def test_a_conversion_that_no_card_holds_is_said_and_ends_with_3(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Place(tmp_path, LLAMA_70B)
+    with pytest.raises(
+        DoesNotFitError, match=r"takes 23\.\d+ GiB of one GPU, and none has more than 15\.56 GiB"
+    ) as caught:
+        planned(place, capsys, "hardware=4x24gb", "hardware.memory_gib=16", *EXL2)
+    assert caught.value.exit_code == 3
+    assert "hardware.memory_gib" in str(caught.value)
+    said = capsys.readouterr().out
+    assert "GiB of one GPU (15.56 GiB free, which is too little)" in said
+    assert "To run it" not in said
+    assert place.json()["fits"]  # the model alone
+    assert place.json()["command"] is None
+
+
+def test_where_the_engine_is_free_what_cannot_be_converted_is_not_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path, LLAMA_7B)
+    argv = ("hardware=1x24gb", "hardware.memory_gib=9")
+    assert "converting to EXL2" in planned(place, capsys, *argv)
+    assert place.json()["backend"] == "exllamav2"
+    monkeypatch.setattr(exl2, "needed", lambda *_: 24 * GIB)
+    assert "converting" not in planned(place, capsys, *argv)
+    first, *others = place.json()["candidates"]
+    assert (place.json()["backend"], first["fits"]) == ("bitsandbytes", True)
+    why = "its conversion to EXL2 takes 24.00 GiB of one GPU, and none has more than 8.56 GiB free"
+    assert [c["reasons"] for c in others if c["backend"] == "exllamav2" and c["bits"] == 6] == [[why]]
+    assert f"exllamav2 exl2 (6 bits) is not taken: {why}" in place.json()["notes"]
+    assert not any(c["fits"] for c in others if c["backend"] == "exllamav2")
+
+
+def test_a_plan_refuses_what_its_conversion_would(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    file = place.folder / "mine.json"
+    file.write_text("{}")
+    argv = ("hardware=1x24gb", *EXL2)
+    with pytest.raises(ConfigError, match=rf"quant\.measurement={file} is not of this model"):
+        planned(place, capsys, *argv, f"quant.measurement={file}")
+    with pytest.raises(ConfigError, match=r"calibration\.length=4096 is more than the model's 2048 positions"):
+        planned(place, capsys, *argv, "quant.calibration.length=4096")
+    config = SHAPE.config() | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    (place.base / "config.json").write_text(json.dumps(config))
+    planned(place, capsys, *argv, "model.max_context=2048")
+    with pytest.raises(ConfigError, match="exllamav2 does not scale beyond 2048 tokens"):
+        planned(place, capsys, *argv, "model.max_context=4096")
+
+
+def test_a_conversion_without_its_engine_merges_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreters, "missing_here", lambda backend: list(backend.packages))
+    argv = ("hardware=1x24gb", *EXL2, f"model.adapter={place.adapter}", f"paths.engines={place.folder / 'none'}")
+    with pytest.raises(EngineUnavailableError, match="backend=exllamav2 is not installed here") as caught:
+        convert(place.config(*argv, task="convert"), place.run)
+    assert caught.value.exit_code == 4
+    assert not place.store.exists()
 
 
 def test_the_line_is_in_plain_words(tmp_path: Path) -> None:

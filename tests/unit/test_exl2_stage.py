@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from exl2_bench import GPU, SHAPE, TESTS, Bench, make_bench
+from exl2_bench import GPU, SHAPE, TESTS, Bench, make_bench, see_gpus
 from exl2_models import exl2_arrays, measurement, optimized, strategy_groups, write_exl2
 from small_models import Llama, write_adapter, write_headers
 
+from orchestrator import pipeline
 from orchestrator.artifacts import Built, Recipe, Store
 from orchestrator.checkpoint.adapter import open_adapter
 from orchestrator.checkpoint.digest import digest
@@ -30,9 +31,10 @@ from orchestrator.checkpoint.exl2_layout import packed_linears
 from orchestrator.checkpoint.folder import fingerprint, open_checkpoint
 from orchestrator.checkpoint.safetensors_header import read_safetensors_header
 from orchestrator.errors import CheckpointError, ConfigError, DoesNotFitError, EngineUnavailableError, StageError
-from orchestrator.pipeline import Model, Source, disk_needs, merged, prepare
+from orchestrator.hardware import DRIVER_KEEPS, GIB
+from orchestrator.pipeline import Model, Source, check_stages, conversion, disk_needs, merged, prepare
 from orchestrator.runfolder import RunFolder
-from orchestrator.stages import converter, exl2
+from orchestrator.stages import converter, exl2, exl2_gpu
 from orchestrator.stages.exl2_job import Record
 from orchestrator.stages.exl2_log import OverflowWatch, overflow, seen_overflow
 from orchestrator.stages.exl2_measurement import check_fits, judge_measurement
@@ -387,6 +389,147 @@ def test_what_the_converter_is_given(bench: Bench) -> None:
     assert seen["config"]["rope_theta"] == 5e5  # the only form that it reads
     assert seen["limits"] == [GPU.free]
     assert seen["env"]["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+def test_a_conversion_takes_the_largest_gpu_that_is_allowed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    see_gpus(monkeypatch, GPU, replace(GPU, index=1))
+    seen: dict[str, Any] = {}
+
+    def convert(*args: Any, **kwargs: Any) -> Any:
+        seen.update(kwargs)
+        raise StageError("seen")
+
+    monkeypatch.setattr(exl2, "convert", convert)
+    with pytest.raises(StageError, match="seen"):  # the model alone would run on the first
+        bench.quantize(4.0, "hardware.memory_gib=[1,20]")
+    assert seen["limits"] == [20 * GIB - DRIVER_KEEPS]
+    assert seen["env"]["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+class Late(Exception):
+    """A merge has begun."""
+
+
+@pytest.fixture
+def to_merge(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Source:
+    """A model with an adapter; that it is merged is the failure."""
+
+    def merge(*_: Any) -> Any:
+        raise Late
+
+    monkeypatch.setattr(pipeline, "_merge", merge)
+    lora = write_adapter(bench.folder / "lora", SHAPE)
+    return Source(open_checkpoint(bench.source), adapters=((open_adapter(lora), 1.0),))
+
+
+def scaled(bench: Bench, kind: str) -> None:
+    config = SHAPE.config() | {"rope_scaling": {"type": kind, "factor": 2.0}}
+    (bench.source / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x", "cannot be read"),
+        ("{}", "cannot be read"),
+        (json.dumps(measurement(Llama(layers=1))), "measured nothing of 2 of 4 blocks"),
+        (json.dumps(measurement(Llama(intermediate=512))), "with other shapes"),
+    ],
+)
+def test_a_bad_measurement_is_found_before_the_merge(bench: Bench, to_merge: Source, text: str, message: str) -> None:
+    file = bench.folder / "mine.json"
+    file.write_text(text)
+    config = bench.config(f"quant.measurement={file}")
+    with pytest.raises(ConfigError, match=f"quant.measurement={file} is not of this model: it .*{message}"):
+        prepare(config, to_merge, bench.chosen(4.0), bench.run)
+    with pytest.raises(ConfigError, match=message):
+        check_stages(config, to_merge, bench.chosen(4.0), here=False)
+    file.write_text(json.dumps(measurement(SHAPE)))
+    with pytest.raises(Late):
+        prepare(config, to_merge, bench.chosen(4.0), bench.run)
+
+
+def test_rows_that_are_too_long_are_refused_before_the_merge(bench: Bench, to_merge: Source) -> None:
+    with pytest.raises(ConfigError, match=r"calibration\.length=4096 is more than the model's 2048 positions"):
+        prepare(bench.config("quant.calibration.length=4096"), to_merge, bench.chosen(4.0), bench.run)
+
+
+@pytest.mark.parametrize("method", ["none", "exl2"])
+def test_scaling_is_refused_before_the_merge(bench: Bench, to_merge: Source, method: str) -> None:
+    scaled(bench, "dynamic")
+    source = replace(to_merge, base=open_checkpoint(bench.source))
+    chosen = replace(bench.chosen(4.0), method=method, max_context=SHAPE.context + 1)
+    for here in (True, False):
+        with pytest.raises(ConfigError, match=f"does not scale beyond {SHAPE.context} tokens"):
+            check_stages(bench.config(), source, chosen, here=here)
+    with pytest.raises(ConfigError, match="does not scale beyond"):
+        prepare(bench.config(), source, chosen, bench.run)
+
+
+def test_a_merge_writes_both_forms_of_the_rope_keys(bench: Bench, to_merge: Source) -> None:
+    config = SHAPE.config() | {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}
+    del config["rope_theta"]
+    (bench.source / "config.json").write_text(json.dumps(config))
+    chosen = replace(bench.chosen(4.0), method="none", bits=16.0)
+    base = open_checkpoint(bench.source)
+    check_stages(bench.config(), replace(to_merge, base=base), chosen, here=True)
+    with pytest.raises(ConfigError, match="has rope_parameters, which exllamav2 does not read"):
+        check_stages(bench.config(), Source(base), chosen, here=True)
+
+
+@pytest.mark.parametrize("missing", ["require", "require_build", "gpu"])
+def test_what_is_not_installed_is_said_before_the_merge(
+    bench: Bench, to_merge: Source, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    def absent(*_: Any) -> Any:
+        raise EngineUnavailableError("it is not here")
+
+    if missing == "gpu":
+        see_gpus(monkeypatch)
+    else:
+        monkeypatch.setattr(exl2, missing, absent)
+    config, chosen = bench.config(), bench.chosen(4.0)
+    with pytest.raises(EngineUnavailableError, match=r"not here|there is none here"):
+        prepare(config, to_merge, chosen, bench.run)
+    check_stages(config, to_merge, chosen, here=False)  # for another machine
+
+
+@pytest.mark.parametrize(
+    ("gib", "host", "message"),
+    [
+        (1, 60, r"takes 1\.5\d GiB of one GPU, and none has more than 1\.00 GiB free"),
+        (23, 1, r"takes 3\.1\d GiB of host memory, of which 1\.00 GiB are free"),
+        (1, 1, r"takes 1\.5\d GiB of one GPU, .*; and 3\.1\d GiB of host memory"),
+    ],
+)
+def test_too_little_memory_is_said_before_the_merge(
+    bench: Bench, to_merge: Source, monkeypatch: pytest.MonkeyPatch, gib: int, host: int, message: str
+) -> None:
+    chosen = bench.chosen(4.0)
+    see_gpus(monkeypatch, replace(GPU, free=gib * GIB))
+    monkeypatch.setattr(exl2_gpu, "host_memory", lambda: (64 * GIB, host * GIB))
+    with pytest.raises(DoesNotFitError, match=f"the conversion to EXL2 {message}") as caught:
+        prepare(bench.config(), to_merge, chosen, bench.run)
+    assert caught.value.exit_code == 3
+    assert "task=convert output.path=FOLDER" in (caught.value.hint or "")
+
+
+def test_nothing_is_asked_of_a_machine_that_only_loads_what_is_there(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, source, chosen = bench.config(), Source(open_checkpoint(bench.source)), bench.chosen(4.0)
+    before = conversion(config, source, chosen, planning=False)
+    assert before is not None
+    assert (before.gpu_free, before.host_free, before.lacks) == (23 * GIB, 60 * GIB, "")
+    assert before.to_json()["gpu"] == {"bytes": before.gpu, "free": 23 * GIB}
+    bench.quantize()
+    again = conversion(config, source, bench.chosen(6.0), planning=False)
+    assert again is not None  # with the measurement that there is
+
+    see_gpus(monkeypatch, replace(GPU, free=GIB))
+    monkeypatch.setattr(exl2, "require", lambda *_: pytest.fail("it is converted already"))
+    assert conversion(config, source, chosen, planning=False) is None
+    assert prepare(config, source, chosen, bench.run).built == ()
 
 
 @pytest.mark.parametrize(

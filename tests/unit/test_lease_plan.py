@@ -15,12 +15,12 @@ from orchestrator import hardware
 from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.config import HardwareConfig
 from orchestrator.errors import DoesNotFitError, EngineUnavailableError
-from orchestrator.hardware import GIB, MIB, Gpu
+from orchestrator.hardware import DRIVER_KEEPS, GIB, MIB, Gpu
 from orchestrator.hardware import lease as module
 from orchestrator.hardware.lease import Wanted, lease, leases
 from orchestrator.plan.types import Candidate
 from orchestrator.runfolder import RunFolder
-from orchestrator.stages.exl2_gpu import leased_gpu, needed
+from orchestrator.stages.exl2_gpu import cap_of, leased_gpu, most_free, needed, usable
 from orchestrator.tasks.gpus import leased
 from orchestrator.tasks.session import Planned, load_plan, look
 
@@ -220,13 +220,48 @@ def test_a_conversion_is_tried_on_a_card_that_is_too_small(others: Others, run: 
     assert others.waits == 1
 
 
+@pytest.mark.usefixtures("others")
+def test_a_conversion_goes_where_its_cap_leaves_room(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    uneven = HardwareConfig(memory_gib=[2, 20])
+    with leased_gpu(uneven, 8 * GIB, run) as device:
+        assert device == "cuda:1"
+    caps = [2 * GIB - DRIVER_KEEPS, 20 * GIB - DRIVER_KEEPS]
+    assert [cap_of(uneven, f"cuda:{i}") for i in range(2)] == [[cap] for cap in caps]
+    assert most_free(uneven, planning=False)[0] == caps[1]
+    with leased_gpu(uneven, 22 * GIB, run):  # tried all the same, and never given more than its cap
+        assert {share.asked for share in leases()[0][0].gpus.values()} == {caps[1]}
+
+    assert cap_of(HardwareConfig(), "cuda:0") == []
+    assert cap_of(HardwareConfig(reserve_gib=4), "cuda:1") == [19 * GIB]
+    named = HardwareConfig(gpus=[1], memory_gib=[20])
+    assert cap_of(named, "cuda:1") == [caps[1]]
+    profile = HardwareConfig("1x16gb", cards=1, memory_gib=16)  # of another machine: it caps every GPU of this one
+    assert cap_of(profile, "cuda:0") == cap_of(profile, "cuda:1") == [16 * GIB - DRIVER_KEEPS]
+
+
+def test_other_runs_do_not_count_against_a_conversion_that_can_wait_for_them(
+    others: Others, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others.take(CARDS[0], 20 * GIB)
+    others.take(CARDS[1], 20 * GIB)
+    assert most_free(HardwareConfig(), planning=False)[0] == 23 * GIB
+    assert {gpu.free for gpu in usable(HardwareConfig(reserve_gib=2), idle=False)} == {1 * GIB}
+    profile = HardwareConfig("4x48gb", cards=4, memory_gib=48)
+    assert most_free(profile, planning=True) == (48 * GIB - DRIVER_KEEPS, None)  # nothing is known of its host
+    cards(monkeypatch)
+    assert most_free(HardwareConfig(), planning=False)[0] is None
+
+
 @pytest.mark.parametrize(
-    ("shape", "gib"),
+    ("shape", "smaller", "card"),
     [
-        (Llama(hidden=4096, layers=2, heads=32, kv_heads=32, intermediate=11008, vocab=32000), 8),
-        (Llama(hidden=8192, layers=2, heads=64, kv_heads=8, intermediate=28672, vocab=32000), 24),
+        (Llama(), 1, 2),
+        (Llama(hidden=4096, layers=2, heads=32, kv_heads=32, intermediate=11008, vocab=32000), 4, 8),
+        (Llama(hidden=8192, layers=2, heads=64, kv_heads=8, intermediate=28672, vocab=32000), 16, 24),
+        (Llama(hidden=8192, layers=2, heads=64, kv_heads=8, intermediate=28672, vocab=128256), 16, 24),
     ],
 )
-def test_what_a_conversion_takes_goes_by_the_width(tmp_path: Path, shape: Llama, gib: int) -> None:
-    need = needed(open_checkpoint(write_headers(tmp_path / "model", shape)))
-    assert 0.95 * gib < need / GIB < gib
+def test_what_a_conversion_takes_goes_by_the_width(tmp_path: Path, shape: Llama, smaller: int, card: int) -> None:
+    source = open_checkpoint(write_headers(tmp_path / "model", shape))
+    assert smaller * GIB < needed(source) < card * GIB - DRIVER_KEEPS
+    assert needed(source, 8192) > needed(source) > needed(source, 512)
