@@ -15,6 +15,10 @@ from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The cores are shared by pytest-xdist's processes and their engines: torch's threads would wait for each other, busily.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without it every process of an engine's own interpreter compiles torch, and vLLM, once more: pip left that to Python.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 settings.register_profile(
     "tests", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
