@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The cores are shared by pytest-xdist's processes and their engines: torch's threads would wait for each other, busily.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without it every process of an engine's own interpreter compiles torch, and vLLM, once more: pip left that to Python.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 settings.register_profile(
     "tests", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -21,16 +28,31 @@ settings.load_profile("tests")
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+@functools.cache
+def needs_vllm(file: Path) -> bool:
+    """Whether a file's tests start vLLM."""
+    return "vllm_engines" in file.read_text(encoding="utf-8")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """vLLM's tests need the cores for themselves: they come last, when the other process has nothing left to do."""
+    items.sort(key=lambda item: needs_vllm(item.path))
+
+
+class ByFile(LoadScopeScheduling):
     """What the processes of pytest-xdist share out: files, whose fixtures are made once; all of vLLM's together.
 
-    vLLM's tests need the cores for themselves: they come last, when the other processes have nothing left to do.
+    Not --dist loadgroup: pytest-xdist 3.8 marks a test's group in its id, which pytest 9.2 no longer reads.
     """
-    for item in items:
-        engine = "vllm_engines" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("vllm" if engine else str(item.path)))
-    items.sort(key=lambda item: "vllm_engines" in getattr(item, "fixturenames", ()))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "vllm" if needs_vllm(self.config.rootpath / file) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -345,7 +345,7 @@ def _check_scaling(config: dict[str, Any], path: Path, context: int) -> None:
     most = longest_context(row, ConfigValues(read, where, row.defaults), []) if row else context
     if context > most:
         raise ConfigError(
-            f"{where}: exllamav2 does not scale beyond {most} tokens as it says, and {context} are asked for",
+            f"{where}: exllamav2 does not scale beyond {most} tokens as it says, and this is for {context}",
             f"Set model.max_context={most} or less, or use another backend.",
         )
 

@@ -36,8 +36,8 @@ def read_options(file: Path, source: Checkpoint) -> Options:
         raise NotWhole(f"has no measurement that can be read: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise NotWhole("has no measurement that can be read: it is not JSON") from None
-    measured = value.get("measurement") if isinstance(value, dict) and "last_module_idx" in value else None
-    if not isinstance(measured, dict):
+    measured = value.get("measurement") if isinstance(value, dict) else None
+    if not isinstance(measured, dict) or not isinstance(value.get("last_module_idx"), int):
         raise NotWhole("has no measurement that can be read: no object with measurement and last_module_idx")
     options = {name: found for name, found in measured.items() if isinstance(found, list) and found}
     wanted = blocks(source)

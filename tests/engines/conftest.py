@@ -55,7 +55,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., EngineProcess]]:
     started: list[EngineProcess] = []
 
     def begin(plan: LoadPlan, adapter: str = HUGGINGFACE, **changes: Any) -> EngineProcess:
-        env = {"PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "2"}
+        env = {"PYTHONPATH": os.path.dirname(__file__)}
         log = tmp_path / f"engine-{len(started)}.log"
         started.append(EngineProcess.start(sys.executable, adapter, plan, log, env, **changes))
         return started[-1]
