@@ -1,4 +1,4 @@
-"""The machine of the mission: a 70B on all GPUs of this one, each capped to 24 GiB. Made for four, runs on two or more.
+"""A 70B on all GPUs of a machine, each capped to 24 GiB. Made for four of them, runs on two or more.
 
     four_gpus.py run OUT WORK [--only PART ...] [--minutes N] [--tiny]
     four_gpus.py report OUT
@@ -122,10 +122,7 @@ def held(session: Session) -> Result:
 
 def exl2(work: Path, shape: Shape, bits: int) -> Result:
     """The 70B in one width, with the largest context that the plan has for it, which one answer then fills."""
-    for other in Path("/dev/shm"), work:  # one model at a time
-        for folder in other.glob("four-gpus-*"):
-            shutil.rmtree(folder)
-    folder = roomy(exl2_bytes(shape, bits), work, f"four-gpus-exl2-{bits}")
+    folder = roomy(exl2_bytes(shape, bits), work, f"four-gpus-{work.name}-exl2-{bits}")
     write_exl2(folder, shape, POSITIONS, bits)
     try:
         config = asked(work, "exllamav2", folder, None)
@@ -195,9 +192,8 @@ def vllm_forced(work: Path, shape: Shape) -> Result:
         "max_model_len": GPTQ_CONTEXT,
         "gpu_memory_utilization": share_of_the_card(),
     }
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(given)], capture_output=True, text=True, timeout=300, check=False
-    )
+    command = ["timeout", "--kill-after=15", "300", sys.executable, str(script), json.dumps(given)]  # with its workers
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     errors = [line for line in said.splitlines() if "Error" in line]
     return {
@@ -215,7 +211,7 @@ def share_of_the_card() -> float:
 
 def vllm_gptq(work: Path, shape: Shape) -> Result:
     """The 70B in GPTQ at 4 bits: the start, the cache that was promised, tokens/s alone and many at a time."""
-    folder = roomy(gptq_bytes(shape, 4), work, "four-gpus-gptq")
+    folder = roomy(gptq_bytes(shape, 4), work, f"four-gpus-{work.name}-gptq")
     write_gptq(folder, shape, POSITIONS, 4)
     try:
         config = tensor(work, folder, GPTQ_CONTEXT, run=RunConfig(in_flight=GPTQ_IN_FLIGHT))
@@ -291,7 +287,7 @@ def sweep(work: Path, shape: Shape, gpus: Sequence[int], part: str) -> Result:
 
 
 def parts(work: Path, tiny: bool) -> dict[str, Callable[[], Result]]:
-    """Every part by its name, in the issue's order."""
+    """Every part by its name, in the order in which they are run."""
     big = SHAPES["tiny"] if tiny else SHAPES["70b"]
     small = SHAPES["tiny"] if tiny else SHAPES["8b"]
     sliced = SHAPES["tiny"] if tiny else SLICE

@@ -198,6 +198,10 @@ class Store:
         named = (path for path in self._folders() if _NAME.fullmatch(path.name))
         return [path for path in named if self._read(path) is None and not self.held(path.name)]
 
+    def is_begun(self, recipe: Recipe) -> bool:
+        """Whether a build of it was interrupted, or is at work."""
+        return (self.root / f"{recipe.name}.partial").is_dir()
+
     def partials(self) -> list[Path]:
         """Folders of unfinished builds that no running process holds."""
         return [p for p in self._folders() if p.name.endswith(".partial") and not self.held(p.name)]
@@ -329,7 +333,7 @@ class Store:
         files = {
             path.name: Entry(path.stat().st_size, built.digests.get(path.name) or digest(path), path.stat().st_mtime_ns)
             for path in sorted(partial.iterdir())
-            if path.name not in (MANIFEST, RECIPE_NAME)
+            if path.is_file() and path.name not in (MANIFEST, RECIPE_NAME)
         }
         manifest = {
             "stage": recipe.stage,
@@ -349,6 +353,10 @@ class Store:
             shutil.rmtree(final)
         partial.rename(final)
         _sync(self.root)
+        # What a stage worked with is kept until here: killed while digests are taken, it has not to work again.
+        for path in final.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
         return Artifact(final, manifest, files)
 
 

@@ -98,8 +98,11 @@ def stored_bits(tensors: Mapping[str, TensorInfo]) -> tuple[float, float]:
     linears = packed_linears(tensors).values()
     head = [linear for linear in linears if _is_head(linear)]
     layers = [linear for linear in linears if not _is_head(linear)]
-    if not layers or not head:
-        raise CheckpointError(f"there is no quantized {'head' if layers else 'layer'} among its tensors")
+    plain = tensors.get(f"{_HEAD}.weight")  # which exllamav2 reads, though its converter leaves none so
+    if not layers or not (head or plain):
+        raise CheckpointError(f"there is no quantized {'head' if layers else 'layer'} among its tensors", _AGAIN)
+    if plain is not None and not head:
+        return mean_bits(layers), 8 * plain.nbytes / max(plain.parameters, 1)
     return mean_bits(layers), mean_bits(head)
 
 

@@ -13,6 +13,9 @@ _ELSEWHERE = (
     "backend=bitsandbytes, which quantizes when it loads."
 )
 
+# The sizes are bounds: with a fifth less it is tried, with a word on it.
+_TRIED = 0.8
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -22,9 +25,9 @@ class Conversion:
         what: "to EXL2".
         gpu: what it takes of that GPU, at most.
         gpu_free: the most that one GPU has for it, under its cap and once the runs with leases have ended; None: there
-            is none, which is refused for itself.
+            is none, which is refused for itself; or one that was begun goes on, which is not.
         host: what it takes of host memory, at most.
-        host_free: None where nobody knows: a profile says nothing of a host.
+        host_free: None where nobody knows (a profile says nothing of a host), or one that was begun goes on.
     """
 
     what: str
@@ -35,8 +38,8 @@ class Conversion:
 
     @property
     def lacks_gpu(self) -> bool:
-        """Whether no GPU has enough for it."""
-        return self.gpu_free is not None and self.gpu > self.gpu_free
+        """Whether no GPU has enough for it, by far."""
+        return _is_short(self.gpu, self.gpu_free)
 
     @property
     def lacks(self) -> str:
@@ -44,7 +47,7 @@ class Conversion:
         lacking = []
         if self.lacks_gpu and self.gpu_free is not None:
             lacking.append(f"{size(self.gpu)} of one GPU, and none has more than {size(self.gpu_free)} free")
-        if self.host_free is not None and self.host > self.host_free:
+        if self.host_free is not None and _is_short(self.host, self.host_free):
             lacking.append(f"{size(self.host)} of host memory, of which {size(self.host_free)} are free")
         return f"takes {'; and '.join(lacking)}" if lacking else ""
 
@@ -71,5 +74,12 @@ def must_have_memory(conversion: Conversion | None) -> None:
         raise DoesNotFitError(f"the conversion {conversion.what} {conversion.lacks}", f"{more}; or {_ELSEWHERE}")
 
 
+def _is_short(needed: int, free: int | None) -> bool:
+    return free is not None and _TRIED * needed > free
+
+
 def _free(needed: int, free: int | None) -> str:
-    return "" if free is None else f" ({size(free)} free{', which is too little' if needed > free else ''})"
+    if free is None:
+        return ""
+    may = "is" if _is_short(needed, free) else "may be"
+    return f" ({size(free)} free{f', which {may} too little' if needed > free else ''})"

@@ -7,6 +7,7 @@ killed goes on from its own last checkpoint (every three minutes).
 
 from __future__ import annotations
 
+import filecmp
 import json
 import logging
 import math
@@ -56,7 +57,7 @@ from orchestrator.stages.exl2_measurement import (
     judge_measurement,
 )
 from orchestrator.stages.exl2_memory import host_needed
-from orchestrator.stages.exl2_mix import check_mix
+from orchestrator.stages.exl2_mix import OtherMix, check_mix
 from orchestrator.stages.exl2_result import Linears, NotWhole, judge_model, verify_artifact
 
 VERSION = "1"
@@ -180,16 +181,18 @@ def conversion(
         length = _length(config, source)
     except ConfigError:  # see `check`
         return None
-    measures = config.quant.measurement is None
+    measures, begun = config.quant.measurement is None, False
     if inputs is not None:
         choice = _choose(store, config, inputs, source, length, chosen.bits)
         if store.find(choice.recipe):
             return None
         measures = choice.measurement is not None and store.find(choice.measurement) is None
+        begun = store.is_begun(choice.recipe)
     calibration = Calibration.of(config, length)
     rows = calibration.rows if calibration else _ROWS["quantize"]
     measured = min(rows, MEASURED_ROWS) if calibration else _ROWS["measure"]
-    gpu_free, host_free = most_free(config.hardware, planning=planning)
+    # One that was begun had room, and may need no more of it: it is not held up.
+    gpu_free, host_free = (None, None) if begun else most_free(config.hardware, planning=planning)
     host = host_needed(source, chosen.bits, length, measured if measures else None, rows)
     return Conversion("to EXL2", needed(source, length), gpu_free, host, host_free)
 
@@ -454,6 +457,7 @@ def _quantize(work: _Work, out: Path, measurement: Path, whose: str) -> Built:
     def judge() -> dict[str, Any]:
         # Also what an earlier, killed process has moved already.
         _move_up(result, out)
+        _refresh(work.source, out)
         check = partial(
             check_mix, work=out / "work", measurement=measurement, source=work.source, bits=work.chosen.bits
         )
@@ -464,6 +468,15 @@ def _quantize(work: _Work, out: Path, measurement: Path, whose: str) -> Built:
         note(f"its layers have {report['measured_bits']:.2f} bits per weight: no mix of widths comes nearer")
     source = {"source": work.source.path.name, "length": work.length, "measured_on": whose}
     return Built(report | source, {})
+
+
+def _refresh(source: Checkpoint, out: Path) -> None:
+    """The tokenizer and what else travels along, where they were edited since: no reason to convert anew."""
+    for file in carried_files(source.path):
+        copy = out / file.name
+        if copy.is_file() and not filecmp.cmp(file, copy, shallow=False):
+            copy.unlink()
+            shutil.copyfile(file, copy)
 
 
 def _move_up(result: Path, out: Path) -> None:
@@ -509,14 +522,20 @@ class _Job:
             raise self._overflow(record, seen)
         try:
             report = judge()
+        except OtherMix as error:  # whole, so that nothing is removed: a person decides
+            raise StageError(
+                f"{self._where.parent}: exllamav2 {error}",
+                f"To make it anew, type task=artifacts artifacts.action=prune artifacts.name={self._where.parent.name}",
+            ) from None
         except NotWhole as error:
             if failure is None:  # it says that it is finished, and it is not
-                log.warning("%s: finished, but it %s: begun anew", self._where, error)
+                note(f"{self._where.parent.name}: finished, but it {error}: begun anew")
                 self._clear(everything=True)
                 return self.done(judge)
             raise failure.error(str(error)) from None
-        for path in (self._where, self._input, *(p for p in (self._result,) if p.is_dir())):
+        for path in (self._input, *(p for p in (self._result,) if p.is_dir())):
             shutil.rmtree(path, ignore_errors=True)
+        record.leave_only()
         return report
 
     def _overflow(self, record: Record, seen: Seen) -> StageError:

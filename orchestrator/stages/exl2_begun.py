@@ -44,4 +44,4 @@ def _typed(key: str, value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "null" if value is None else repr(value).removesuffix(".0") if isinstance(value, float) else str(value)

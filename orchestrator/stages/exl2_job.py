@@ -101,6 +101,14 @@ class Record:
         for place in (self._where, *self._kept):
             (place / RECORD).unlink(missing_ok=True)
 
+    def leave_only(self) -> None:
+        """Removes all but the record: the result is whole, and what says so goes last."""
+        for path in self._where.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != RECORD:
+                path.unlink(missing_ok=True)
+
     def keep(self) -> None:
         """Keeps the record, if it is a good one and not kept yet, with its states. While the converter runs, too."""
         file = self._where / RECORD

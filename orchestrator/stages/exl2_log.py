@@ -89,11 +89,6 @@ class _Scan:
         return ""
 
 
-def overflow(text: str) -> str:
-    """Where the numbers of a model went wrong in a conversion, and how; "" where the log does not say that they did."""
-    return _Scan().first(text.splitlines())
-
-
 def overflow_error(where: str, log: object) -> StageError:
     """The error for what was seen; what the converter had made is removed by then."""
     return StageError(

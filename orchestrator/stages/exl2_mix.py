@@ -25,6 +25,10 @@ _WORD = 32  # bits: the last group of a linear is filled up to whole ones
 Choice = dict[str, dict[str, Any]]  # block -> its option
 
 
+class OtherMix(NotWhole):
+    """All of a model is there, and its widths are not those that were chosen, or not of the target."""
+
+
 def check_mix(packed: Mapping[str, Packed], work: Path, measurement: Path, source: Checkpoint, bits: float) -> None:
     """Checks that every linear of a model has the bits that the optimizer chose, and that those are of the target.
 
@@ -35,7 +39,8 @@ def check_mix(packed: Mapping[str, Packed], work: Path, measurement: Path, sourc
         bits: per weight, that it was asked for.
 
     Raises:
-        NotWhole: they have others; or the choice is not one that it makes.
+        OtherMix: they have others; or the choice is not one that it makes.
+        NotWhole: the measurement is none.
     """
     options = read_options(measurement, source)
     chosen = _read(work / RECORD, options)
@@ -46,7 +51,7 @@ def check_mix(packed: Mapping[str, Packed], work: Path, measurement: Path, sourc
             try:
                 wanted = option_bits(chosen[block][name], shape)
             except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
-                raise NotWhole(f"chose widths for {block}.{name} that are none") from None
+                raise OtherMix(f"chose widths for {block}.{name} that are none") from None
             _check_linear(packed[f"{block}.{name}"], wanted)
 
 
@@ -56,15 +61,15 @@ def _read(record: Path, options: Options) -> Choice:
         strategy = json.loads(record.read_text(encoding="utf-8"))["strategy"]
         chosen = {block: dict(strategy[block]) for block in options}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise NotWhole(f"left no choice of widths in {RECORD} ({shown(repr(error))})") from None
+        raise OtherMix(f"left no choice of widths in {RECORD} ({shown(repr(error))})") from None
     for block, option in chosen.items():
         if option not in options[block]:
-            raise NotWhole(f"chose widths for {block} that were not measured")
+            raise OtherMix(f"chose widths for {block} that were not measured")
     return chosen
 
 
 def _check_target(chosen: Sequence[tuple[list[dict[str, Any]], dict[str, Any]]], budget: float) -> None:
-    """Raises NotWhole unless the mix has the target's bits, or is the nearest that the optimizer comes to.
+    """Raises OtherMix unless the mix has the target's bits, or is the nearest that the optimizer comes to.
 
     Args:
         chosen: of each block its options, and the one of them that was chosen.
@@ -75,13 +80,13 @@ def _check_target(chosen: Sequence[tuple[list[dict[str, Any]], dict[str, Any]]],
         return
     if total > budget:
         if any(option != options[0] for options, option in chosen):
-            raise NotWhole(f"chose widths of {total:,} bits, and {budget:,.0f} were asked for")
+            raise OtherMix(f"chose widths of {total:,} bits, and {budget:,.0f} were asked for")
         return
     for options, option in chosen:
         last = len(options) - 1 - options[::-1].index(option)
         following = options[last + 1 : last + 2]
         if following and total - _total(option) + _total(following[0]) <= budget:
-            raise NotWhole(
+            raise OtherMix(
                 f"chose widths of {total:,} bits where {budget:,.0f} were asked for, and a wider option fits"
             )
 
@@ -91,7 +96,7 @@ def _total(option: Mapping[str, Any]) -> int:
 
 
 def _check_linear(linear: Packed, wanted: int) -> None:
-    """Raises NotWhole unless a linear takes so many bits; its last group is filled up to whole words."""
+    """Raises OtherMix unless a linear takes so many bits; its last group is filled up to whole words."""
     if not 0 <= 8 * linear.nbytes - wanted < _WORD * linear.columns:
         chosen = wanted / linear.weights
-        raise NotWhole(f"wrote {linear.module} with {linear.bits:.3f} bits per weight, and chose {chosen:.3f} for it")
+        raise OtherMix(f"wrote {linear.module} with {linear.bits:.3f} bits per weight, and chose {chosen:.3f} for it")

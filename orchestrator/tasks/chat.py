@@ -18,7 +18,7 @@ from orchestrator.errors import OrchestratorError, RequestError, Terminated
 from orchestrator.prompts import Message, Prompt
 from orchestrator.report.console import note
 from orchestrator.runfolder import RunFolder
-from orchestrator.tasks.run import make_request
+from orchestrator.tasks.run import check_stop_tokens, make_request
 from orchestrator.tasks.session import Session, look, open_session
 
 HELP = "/reset forgets the conversation, /save FILE writes it (JSON), /quit or Ctrl-D ends; Ctrl-C stops an answer"
@@ -39,6 +39,7 @@ def chat(config: Config, folder: RunFolder) -> None:
         OrchestratorError: as in task=run; a message that does not fit only costs a line.
     """
     planned = look(config, planning=False)
+    check_stop_tokens(config, planned.spec.vocab)
     with open_session(planned, folder) as session:
         folder.status("chatting")
         note(HELP)

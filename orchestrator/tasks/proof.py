@@ -59,18 +59,18 @@ def _ready(engine: EngineProcess, artifact: Artifact) -> Ready:
     """What the engine says once it has loaded.
 
     Raises:
-        StageError: the artifact is at fault.
+        StageError: it did not load; the artifact may be at fault.
         DoesNotFitError, EngineUnavailableError: this machine is.
     """
     try:
         return engine.wait_ready()
     except (DoesNotFitError, EngineUnavailableError):
         raise
-    except OrchestratorError as error:
+    except OrchestratorError as error:  # of the artifact, or of the engine: only a person can tell
         raise StageError(
-            f"{artifact.path} was made and is of no use: {error.message}",
-            f"{error.hint.rstrip('. ')}{'. ' * bool(error.hint)}Remove it with task=artifacts artifacts.action=prune "
-            f"artifacts.name={artifact.name} and make it again.",
+            f"{artifact.path} was made, and did not load: {error.message}",
+            f"{error.hint.rstrip('. ')}{'. ' * bool(error.hint)}It is kept: the same command loads it again. "
+            f"task=artifacts artifacts.action=prune artifacts.name={artifact.name} removes it.",
         ) from error
 
 
@@ -89,13 +89,17 @@ def _short(planned: Planned) -> tuple[Planned, str]:
         "parallel.gpu_split": None,
     }
     # As for the conversion: a profile's caps, and its GPUs, are of the machine that the model is for.
-    config = changed(planned.config, short | ({"hardware": HardwareConfig()} if planned.elsewhere else {}))
+    asked = planned.config.hardware
+    here = HardwareConfig(gpus=asked.gpus, reserve_gib=asked.reserve_gib)
+    config = changed(planned.config, short | ({"hardware": here} if planned.elsewhere else {}))
     machine = detect(config.hardware, planning=False, artifacts=folder(config.paths.artifacts), idle=True)
     if not machine.gpus:
         why = (text.removesuffix(FOR_THE_CPU) for text in machine.notes)
         raise EngineUnavailableError("; ".join(why) or "there is no GPU")
     python = require(BACKENDS[chosen.backend], config, machine.device)
-    ask = next(ask for ask in asks_of(config, planned.spec, machine) if same(ask, chosen))
+    ask = next((ask for ask in asks_of(config, planned.spec, machine) if same(ask, chosen)), None)
+    if ask is None:
+        raise EngineUnavailableError(f"{chosen.label} is not planned for this machine's GPUs")
     found = estimate(config, planned.spec, machine, ask)
     if not found.fits:
         raise DoesNotFitError("; ".join(found.reasons))

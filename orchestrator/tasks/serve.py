@@ -16,6 +16,7 @@ from orchestrator.config import Config, ServerConfig
 from orchestrator.errors import EngineUnavailableError, OrchestratorError, RequestError, Terminated
 from orchestrator.report.console import note
 from orchestrator.runfolder import RunFolder
+from orchestrator.tasks.run import check_stop_tokens
 from orchestrator.tasks.session import Session, look, open_session
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def serve(config: Config, folder: RunFolder) -> None:
         raise RequestError("run.resume continues answers, and task=serve has none", "Start a new server.")
     with closing(bind(config.server)) as sock:  # before anything long
         planned = look(config, planning=False)
+        check_stop_tokens(config, planned.spec.vocab)
         with open_session(planned, folder) as session:
             _serve(session, config.server, sock, folder)
 

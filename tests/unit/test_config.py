@@ -12,6 +12,7 @@ from orchestrator.backends.protocol import LoadPlan
 from orchestrator.backends.table import BACKENDS, Backend, backends_with_key
 from orchestrator.config import ENGINE_KEYS, Config, did_you_mean, get, keys, parse_size
 from orchestrator.errors import ConfigError
+from orchestrator.tasks.run import check_stop_tokens
 
 CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
 
@@ -218,3 +219,10 @@ def test_what_is_no_size_of_a_shard(text: str) -> None:
 def test_a_suggestion_is_near_or_there_is_none() -> None:
     assert did_you_mean("model.pth", list(keys())) == "Did you mean model.path?"
     assert did_you_mean("zzzz", list(keys())) == ""
+
+
+def test_a_stop_token_that_the_model_does_not_have_is_refused_before_it_is_loaded() -> None:
+    check_stop_tokens(composed("generation.stop_tokens=[0,4095]"), 4096)
+    for wrong in (-1, 4096):
+        with pytest.raises(ConfigError, match=rf"stop_tokens has {wrong}, and the model's tokens are 0 to 4095"):
+            check_stop_tokens(composed(f"generation.stop_tokens=[5,{wrong}]"), 4096)

@@ -22,6 +22,7 @@ from orchestrator.engine import interpreters
 from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError
 from orchestrator.hardware import DRIVER_KEEPS, GIB
 from orchestrator.pipeline import disk_needs, merged
+from orchestrator.plan.conversion import Conversion
 from orchestrator.plan.disk import Need, Part, must_have_room, output_need, store_need
 from orchestrator.report.console import size
 from orchestrator.runfolder import RunFolder
@@ -280,3 +281,18 @@ def test_the_line_is_in_plain_words(tmp_path: Path) -> None:
         "13.50 GiB for the merged model and 4.00 GiB of EXL2 (at most 8.00 GiB while it is made) in /store, "
         "210.00 GiB free"
     )
+
+
+@pytest.mark.parametrize(
+    ("free", "said", "refused"),
+    [
+        (24 * GIB, "(24.00 GiB free)", False),
+        (20 * GIB, "(20.00 GiB free, which may be too little)", False),  # the need is a bound
+        (10 * GIB, "(10.00 GiB free, which is too little)", True),
+        (None, "23.00 GiB of one GPU and", False),
+    ],
+)
+def test_a_conversion_is_refused_where_it_is_far_too_large(free: int | None, said: str, refused: bool) -> None:
+    found = Conversion("to EXL2", 23 * GIB, free, GIB, None)
+    assert said in str(found)
+    assert bool(found.lacks) == refused

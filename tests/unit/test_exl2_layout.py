@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from exl2_models import exl2_arrays, groups_of, stored, write_exl2, write_tensors
+from safetensors.numpy import load_file, save_file
 from small_models import Llama
 
 from orchestrator.checkpoint.exl2_layout import check_data, check_exl2, decode, packed_linears, read_groups, stored_bits
@@ -84,6 +85,18 @@ def test_real_bits_from_headers(bits: float, head_bits: int, tmp_path: Path) -> 
     assert len(summary.linears) == 2 * 7 + 1
     groups = groups_of(shape, bits, head_bits)[UP]
     assert summary.linears[UP] == pytest.approx(stored((1024, 512), groups) / (512 * 1024))
+
+
+def test_a_head_that_is_not_quantized_is_one_all_the_same(tmp_path: Path) -> None:
+    folder = write_exl2(tmp_path, SHAPE)
+    file = folder / "output.safetensors"
+    tensors = {name: array for name, array in load_file(file).items() if not name.startswith("lm_head.")}
+    assert any(name.startswith("model.layers.0.") for name in tensors)
+    save_file(tensors | {"lm_head.weight": np.ones((SHAPE.vocab, SHAPE.hidden), np.float16)}, file)
+    assert check_exl2(folder).head_bits == 16
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match="there is no quantized head"):
+        check_exl2(folder)
 
 
 GOOD = exl2_arrays((256, 128), [(32, 4)] * 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from exl2_bench import GPU, SHAPE, TESTS, Bench, make_bench, see_gpus
 from exl2_models import exl2_arrays, measurement, optimized, strategy_groups, write_exl2
 from small_models import Llama, write_adapter, write_headers
 
+from orchestrator import artifacts as artifact_store
 from orchestrator import pipeline
 from orchestrator.artifacts import Built, Recipe, Store
 from orchestrator.checkpoint.adapter import open_adapter
@@ -36,7 +38,7 @@ from orchestrator.pipeline import Model, Source, check_stages, conversion, disk_
 from orchestrator.runfolder import RunFolder
 from orchestrator.stages import converter, exl2, exl2_gpu
 from orchestrator.stages.exl2_job import Record
-from orchestrator.stages.exl2_log import OverflowWatch, overflow, seen_overflow
+from orchestrator.stages.exl2_log import OverflowWatch, _Scan, seen_overflow
 from orchestrator.stages.exl2_measurement import check_fits, judge_measurement
 from orchestrator.stages.exl2_mix import check_mix
 from orchestrator.stages.exl2_result import NotWhole, judge_model
@@ -305,18 +307,46 @@ def test_scaling_that_exllamav2_knows(bench: Bench, key: str, kind: str, works: 
     [
         ("less", r"wrote model\.layers\.\d\.\S+ with \d\.\d+ bits per weight, and chose \d\.\d+ for it"),
         ("narrow", r"chose widths of [\d,]+ bits where [\d,]+ were asked for, and a wider option fits"),
-        ("tokenizer", r"wrote a tokenizer\.json that is not the model's"),
     ],
 )
 def test_a_model_that_is_not_what_was_chosen(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, fault: str, message: str
 ) -> None:
+    """It is refused and kept, with what removes it: hours of work are a person's to throw away."""
     monkeypatch.setenv("FAKE_FAULT", fault)
-    with pytest.raises(StageError, match=message):
+    with pytest.raises(StageError, match=message) as error:
         bench.quantize(5.0006)
     monkeypatch.delenv("FAKE_FAULT")
+    ran = len(bench.runs())
+    with pytest.raises(StageError, match=message):
+        bench.quantize(5.0006)
+    assert len(bench.runs()) == ran
+    [partial] = bench.folder.glob("store/exl2-*.partial")
+    assert f"artifacts.action=prune artifacts.name={partial.name}" in error.value.hint
+    shutil.rmtree(partial)
     report = bench.quantize(5.0006).artifacts[-1].manifest["report"]
     assert report["measured_bits"] == pytest.approx(5.0, rel=0.005)
+
+
+def test_a_tokenizer_that_the_converter_changed_is_the_models(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_FAULT", "tokenizer")
+    made = bench.quantize(5.0006).path
+    assert (made / "tokenizer.json").read_bytes() == (bench.source / "tokenizer.json").read_bytes()
+
+
+def test_killed_while_its_digests_are_taken_it_is_not_made_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(path: Path) -> str:
+        raise KeyboardInterrupt
+
+    bench.quantize(6.0)  # the measurement
+    ran = len(bench.runs())
+    with monkeypatch.context() as patched:
+        patched.setattr(artifact_store, "digest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            bench.quantize(5.0006)
+    made = bench.quantize(5.0006).path
+    assert len(bench.runs()) == ran + 1
+    assert not [path for path in made.iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize(
@@ -1052,7 +1082,7 @@ def test_errors_in_a_log(tmp_path: Path) -> None:
     ],
 )
 def test_signs_of_an_overflow(lines: str, found: str) -> None:
-    assert found in overflow(f" -- Beginning new job\n{lines}\n")
+    assert found in _Scan().first([" -- Beginning new job", *lines.splitlines()])
 
 
 def test_a_sign_is_remembered_while_the_log_grows(tmp_path: Path) -> None:
@@ -1084,4 +1114,4 @@ def test_no_sign_of_an_overflow() -> None:
         " -- Module quantized, rfn_error: 0.001234\n -- Module quantized, calibration perplexity (quant): 8.1234\n"
         " !! Warning: Applied additional damping\n"
     )
-    assert overflow(lines) == ""
+    assert _Scan().first(lines.splitlines()) == ""
