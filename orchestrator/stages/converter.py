@@ -102,29 +102,44 @@ def convert(
     return Failure(module, code, log, start)
 
 
-class _Statuses:
-    """The progress that a growing log tells."""
+class NewLines:
+    """The lines of a growing log, whole ones only.
 
-    def __init__(self, log: Path, start: int, on_status: OnStatus) -> None:
+    Args:
+        start: bytes of it that are there already, and are no news.
+    """
+
+    def __init__(self, log: Path, start: int) -> None:
         self._log = log
         self._at = start
-        self._on_status = on_status
         self._rest = b""
-        self._now = Status("", 0.0)
-        self._pace = _Pace(0.0, 0.0)
 
-    def read(self) -> None:
-        """Reports where the converter is, if it has gone on since the previous call."""
+    def read(self) -> bytes:
+        """Those since the previous call; nothing where the log is not there."""
         try:
             with self._log.open("rb") as file:
                 file.seek(self._at)
                 data = file.read()
         except OSError:
-            return
+            return b""
         self._at += len(data)
         lines, _, self._rest = (self._rest + data).rpartition(b"\n")
+        return lines
+
+
+class _Statuses:
+    """The progress that a growing log tells."""
+
+    def __init__(self, log: Path, start: int, on_status: OnStatus) -> None:
+        self._lines = NewLines(log, start)
+        self._on_status = on_status
+        self._now = Status("", 0.0)
+        self._pace = _Pace(0.0, 0.0)
+
+    def read(self) -> None:
+        """Reports where the converter is, if it has gone on since the previous call."""
         clock = time.monotonic()
-        gone_on = [self._take(found[1], found[2], clock) for found in _PROGRESS.finditer(lines)]
+        gone_on = [self._take(found[1], found[2], clock) for found in _PROGRESS.finditer(self._lines.read())]
         if any(gone_on):
             self._on_status(self._now)
 

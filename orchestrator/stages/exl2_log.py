@@ -14,6 +14,7 @@ from pathlib import Path
 
 from orchestrator.checkpoint.writer import write_text
 from orchestrator.errors import StageError
+from orchestrator.stages.converter import NewLines
 
 _LAYER = re.compile(r"^ -- (?:Sub)?[Ll]ayer: (.+)$")
 # What a line of the log means.
@@ -44,21 +45,12 @@ class OverflowWatch:
     def __init__(self, log: Path, where: Path) -> None:
         self._log = log
         self._where = where
-        self._at = log.stat().st_size if log.exists() else 0
-        self._rest = b""
+        self._lines = NewLines(log, log.stat().st_size if log.exists() else 0)
         self._scan = _Scan()
 
     def read(self) -> None:
         """Reads what was written since the last call, as far as its lines are whole."""
-        try:
-            with self._log.open("rb") as file:
-                file.seek(self._at)
-                data = file.read()
-        except OSError:
-            return
-        self._at += len(data)
-        lines, _, self._rest = (self._rest + data).rpartition(b"\n")
-        found = self._scan.first(lines.decode(errors="replace").splitlines())
+        found = self._scan.first(self._lines.read().decode(errors="replace").splitlines())
         if found and seen_overflow(self._where) is None:
             write_text(self._where / _MARKER, f"{found}\n{self._log}\n")
 
