@@ -4,7 +4,7 @@
     exl2_depth.py speed  OUT WORK NAME                tokens/s of ours and of the bare generator, in turns
     exl2_depth.py big    OUT WORK [--only PART ...]   a 70B on two GPUs of 24 GiB each
     exl2_depth.py kill   OUT WORK [--only PART ...]   a conversion that is killed at five moments, and resumed
-    exl2_depth.py report OUT                          everything that is there into results/exl2_depth.json
+    exl2_depth.py report OUT ...                      everything that is there into results/exl2_depth.json
 
 Parts of `sweep`: separate-4, separate-6, separate-8, in-turn (one process, one width after the other, on one GPU), one,
 two (all widths at once on so many GPUs, by Hydra's joblib launcher, or in processes of their own without it). NAMEs of
@@ -12,7 +12,8 @@ two (all widths at once on so many GPUs, by Hydra's joblib launcher, or in proce
 largest-split. Parts of `kill`: whole, again, 10, 30, 50, 70, 90 (percent of an uninterrupted run's time), quality (the
 KL to float32 of every result that is there).
 
-Each part is one OUT/PART.json, written as soon as it is over; what is there is not done again, what failed is.
+Each part is one OUT/PART.json, written as soon as it is over; what is there is not done again, what failed is. Of a
+part that several OUTs have the last one's counts; a sweep is compared with the separate runs of its own OUT.
 `--minutes N` ends a command after so many minutes, with what it has. `--tiny` takes a model that is loaded in a
 moment: it proves the way, and its numbers mean nothing. CUDA_VISIBLE_DEVICES chooses the GPUs; `two` and
 `big` need two of them, the others take the first.
@@ -234,7 +235,13 @@ def together(model: Path, folder: Path, part: str, gpus: Sequence[int]) -> Resul
     made = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("artifacts/*/manifest.json")}
     if sum(name.startswith("exl2-") for name in made) != len(WIDTHS):
         raise RuntimeError(f"it made {sorted(made)}: {(folder / 'log').read_text(errors='replace')[-2000:]}")
-    return {"seconds": seconds, "how": how, "stages": {name: said["seconds"] for name, said in made.items()}}
+    loaded = {name: said["report"].get("loaded", {}).get("load_s") for name, said in made.items()}
+    return {
+        "seconds": seconds,
+        "how": how,
+        "stages": {name: said["seconds"] for name, said in made.items()},
+        "load_s": {name: took for name, took in loaded.items() if took is not None},
+    }
 
 
 def width(*bits: int) -> str:
@@ -591,16 +598,23 @@ def section(parts: dict[str, Result], prefix: str) -> dict[str, Result]:
     }
 
 
-def sweep_row(parts: dict[str, Result]) -> Result | None:
-    """Our seconds over those of the separate runs together; None where one of those is missing."""
+def sweep_rows(parts: dict[str, Result]) -> dict[str, Result]:
+    """Our seconds over those of the separate runs together, by the way of ours; none where one of those is missing."""
     names = [f"separate-{bits}" for bits in WIDTHS]
     if not set(names) <= set(parts):
-        return None
+        return {}
     whole = sum(parts[name]["seconds"] for name in names)
-    ratio = {name: round(parts[name]["seconds"] / whole, 3) for name in OURS if name in parts}
-    seconds = {name: parts[name]["seconds"] for name in ratio}
-    within = {name: ratio[name] <= bound for name, bound in SWEEP_BOUNDS.items() if name in ratio}
-    return {"separate_s": round(whole, 1), "ours_s": seconds, "ratio": ratio, "bounds": SWEEP_BOUNDS, "within": within}
+    rows = {}
+    for name in (name for name in OURS if name in parts):
+        ratio, bound = round(parts[name]["seconds"] / whole, 3), SWEEP_BOUNDS.get(name)
+        rows[name] = {
+            "ours_s": parts[name]["seconds"],
+            "separate_s": round(whole, 1),
+            "ratio": ratio,
+            "bound": bound,
+            "within": bound is None or ratio <= bound,
+        }
+    return rows
 
 
 def speed_row(part: Result) -> Result:
@@ -657,25 +671,26 @@ def kill_row(parts: dict[str, Result]) -> Result:
     }
 
 
-def summary(parts: dict[str, Result]) -> Result:
+def summary(*outs: dict[str, Result]) -> Result:
     """The numbers that the parts give."""
+    parts = {name: part for found in outs for name, part in found.items()}
     loads, killed = section(parts, "big-"), section(parts, "kill-")
     copied = loads.get("bandwidth", {}).get("copy_bytes_per_s", {})
     return {
-        "sweep": sweep_row(section(parts, "sweep-")),
+        "sweep": {name: row for found in outs for name, row in sweep_rows(section(found, "sweep-")).items()},
         "speed": {name: speed_row(part) for name, part in section(parts, "speed-").items()},
         "big": {name: big_row(part, copied) for name, part in loads.items() if "devices" in part},
         "kill": kill_row(killed) if killed else None,
     }
 
 
-def report(out: Path) -> None:
+def report(folders: Sequence[Path]) -> None:
     """Prints the numbers, and keeps them with everything that was measured."""
-    parts = parts_of(out)
-    where = parts.pop("environment", None)
-    found = summary(parts)
+    outs = [parts_of(folder) for folder in folders]
+    where = max((found["environment"] for found in outs if "environment" in found), key=lambda e: len(e["gpus"]))
+    found = summary(*outs)
     print(json.dumps(found, indent=1))
-    print(save("exl2_depth", {"summary": found, "parts": parts}, where))
+    print(save("exl2_depth", {"summary": found, "outs": outs}, where))
 
 
 def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
@@ -694,7 +709,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
             command.add_argument("--only", nargs="+", choices=known, default=[])
         if name in ("sweep", "big"):
             command.add_argument("--tiny", action="store_true")
-    commands.add_parser("report").add_argument("out", type=Path)
+    commands.add_parser("report").add_argument("outs", nargs="+", type=Path)
     commands.add_parser("copy")
     return parser.parse_args(argv)
 
@@ -705,7 +720,7 @@ def main() -> None:
         copy()
         return
     if arguments.command == "report":
-        report(arguments.out)
+        report(arguments.outs)
         return
     out, work = arguments.out.resolve(), arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)

@@ -229,12 +229,11 @@ BIG_HEAD = ["way", "context", "load", "decode, tokens/s", "prefill, tokens/s", "
 def depth_rows(found: dict[str, Any]) -> list[list[str]]:
     """The lines of that table."""
     rows: list[list[str]] = []
-    if sweep := found["sweep"]:
-        names = {"in-turn": "in turn on one GPU", "one": "at once on one GPU", "two": "at once on two GPUs"}
-        for name, ratio in sweep["ratio"].items():
-            seconds = [f"{sweep['ours_s'][name]:.0f} s", f"{sweep['separate_s']:.0f} s, three runs of the converter"]
-            bound = f"at most {sweep['bounds'][name]}" if name in sweep["bounds"] else ""
-            rows.append([f"4, 6 and 8 bits of 4 layers of a 1B, {names[name]}", *seconds, f"{ratio:.2f}", bound])
+    names = {"in-turn": "in turn on one GPU", "one": "at once on one GPU", "two": "at once on two GPUs"}
+    for name, sweep in found["sweep"].items():
+        seconds = [f"{sweep['ours_s']:.0f} s", f"{sweep['separate_s']:.0f} s, three runs of the converter"]
+        bound = f"at most {sweep['bound']}" if sweep["bound"] else ""
+        rows.append([f"4, 6 and 8 bits of 4 layers of a 1B, {names[name]}", *seconds, f"{sweep['ratio']:.2f}", bound])
     for name, speed in found["speed"].items():
         for count, ratio in speed["ratio"].items():
             ours, bare = f"{speed['ours'][count]:,.0f} tokens/s", f"{speed['bare'][count]:,.0f}, the bare generator"

@@ -42,7 +42,8 @@ def test_every_command_takes_its_parts_a_time_and_folders() -> None:
         assert (found.command, found.only, found.minutes) == (name, list(known), 8)
         assert arguments_of([name, "out", "work"]).only == []
     assert arguments_of(["sweep", "out", "work", "--tiny"]).tiny
-    assert (arguments_of(["speed", "out", "work", "8b"]).turns, arguments_of(["report", "o"]).out) == (12, Path("o"))
+    assert arguments_of(["speed", "out", "work", "8b"]).turns == 12
+    assert arguments_of(["report", "o", "p"]).outs == [Path("o"), Path("p")]
 
 
 @pytest.mark.parametrize("argv", [["speed", "o", "w"], ["speed", "o", "w", "70b"], ["kill", "o", "w", "--only", "20"]])
@@ -219,13 +220,16 @@ def test_all_widths_by_ours(
         ran.extend(commands)
         for name in ("measurement-1", *(f"exl2-{bits}" for bits in depth.WIDTHS)):
             (log.parent / "artifacts" / name).mkdir(parents=True)
-            (log.parent / "artifacts" / name / "manifest.json").write_text('{"seconds": 7}')
+            report = {"loaded": {"load_s": 3.0}} if name.startswith("exl2-") else {}
+            manifest = json.dumps({"seconds": 7, "report": report})
+            (log.parent / "artifacts" / name / "manifest.json").write_text(manifest)
         return 20.0
 
     monkeypatch.setattr(depth, "finished", finished)
     monkeypatch.setattr(depth.importlib.util, "find_spec", lambda name: object() if launcher else None)
     found = depth.together(tmp_path / "model", tmp_path / "sweep", part, [0, 1] if part == "two" else [0])
     assert (found["seconds"], len(found["stages"]), len(ran)) == (20.0, 4, count)
+    assert found["load_s"] == {f"exl2-{bits}": 3.0 for bits in depth.WIDTHS}
     assert set(said) <= set(ran[0])
     assert ("-m" in said, "hydra/launcher=joblib" in said) == (
         ran[0].count("-m") == 2,
@@ -296,11 +300,9 @@ PARTS: dict[str, dict[str, Any]] = {
 def test_the_numbers_of_the_report() -> None:
     found = depth.summary(PARTS)
     assert found["sweep"] == {
-        "separate_s": 300,
-        "ours_s": {"in-turn": 240, "one": 195, "two": 156},
-        "ratio": {"in-turn": 0.8, "one": 0.65, "two": 0.52},
-        "bounds": depth.SWEEP_BOUNDS,
-        "within": {"one": True, "two": False},
+        "in-turn": {"ours_s": 240, "separate_s": 300, "ratio": 0.8, "bound": None, "within": True},
+        "one": {"ours_s": 195, "separate_s": 300, "ratio": 0.65, "bound": 0.67, "within": True},
+        "two": {"ours_s": 156, "separate_s": 300, "ratio": 0.52, "bound": 0.5, "within": False},
     }
     assert list(found["speed"]) == ["8b"]
     speed = found["speed"]["8b"]
@@ -328,9 +330,16 @@ def test_the_numbers_of_the_report() -> None:
     assert len(loaded) == len(readme_tables.BIG_HEAD)
 
 
+def test_a_sweep_is_compared_with_the_runs_of_its_own_lease() -> None:
+    later = {f"sweep-separate-{bits}": {"seconds": 50} for bits in (4, 6, 8)} | {"sweep-one": {"seconds": 60}}
+    found = depth.summary(PARTS, later)["sweep"]
+    assert (found["one"]["ratio"], found["one"]["separate_s"]) == (0.4, 150)
+    assert (found["two"]["ratio"], found["two"]["separate_s"]) == (0.52, 300)
+
+
 def test_what_was_not_measured_is_left_out() -> None:
-    assert depth.summary({}) == {"sweep": None, "speed": {}, "big": {}, "kill": None}
-    assert depth.sweep_row({"separate-4": {"seconds": 1}}) is None
+    assert depth.summary({}) == {"sweep": {}, "speed": {}, "big": {}, "kill": None}
+    assert depth.sweep_rows({"separate-4": {"seconds": 1}}) == {}
     auto = depth.big_row(PARTS["big-auto"], {})
     assert (auto["limit_tokens_per_s"], auto["share_of_limit"]) == (None, None)
     assert readme_tables.depth_rows(depth.summary({})) == readme_tables.big_rows(depth.summary({})) == []
@@ -346,9 +355,9 @@ def test_the_report_is_kept_with_its_machine(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(depth, "save", save)
     for name, value in (PARTS | {"environment": {"gpus": ["H200"]}}).items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
-    depth.report(tmp_path)
+    depth.report([tmp_path])
     assert (kept["name"], kept["where"], kept["summary"]["kill"]["equal"]) == ("exl2_depth", {"gpus": ["H200"]}, 1)
-    assert kept["parts"]["speed-1b"] == {"error": "lost"}
+    assert kept["outs"][0]["speed-1b"] == {"error": "lost"}
 
 
 def test_the_section_of_the_readme_is_written_only_where_there_is_a_result() -> None:
