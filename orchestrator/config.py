@@ -342,10 +342,12 @@ def _check_engine_keys(config: Config) -> Iterator[str]:
             yield f"{key} is not a setting of backend={name} ({_who(able)})"
         elif not able:
             yield f"{key} is set, and no backend of this version takes it"
-    widths = BACKENDS[name].cache_bits if name != "auto" else ()
+    asked = BACKENDS.values() if name == "auto" else (BACKENDS[name],)
+    widths = sorted({bits for backend in asked for bits in backend.cache_bits}, reverse=True)
     if widths and config.cache.bits not in (None, *widths):
-        known = " or ".join(map(str, widths))
-        yield f"cache.bits={config.cache.bits} is not a width of backend={name}, which has {known}"
+        known = f"{', '.join(map(str, widths[:-1]))} or {widths[-1]}"
+        where = "any backend: there are" if name == "auto" else f"backend={name}, which has"
+        yield f"cache.bits={config.cache.bits} is not a width of {where} {known}"
     if name != "auto" and config.quant.method not in ("auto", *BACKENDS[name].known_methods):
         able = [b.name for b in BACKENDS.values() if config.quant.method in b.known_methods]
         methods = ", ".join(BACKENDS[name].known_methods)
