@@ -11,8 +11,8 @@ from orchestrator.checkpoint.tokenizer import tokenizer_files
 from orchestrator.checkpoint.writer import write_text
 
 _TYPE_KEY = {"linear": "type", "yarn": "type", "su": "type", "longrope": "type"}
-"""Under which key rope_scaling names these; all others (llama3, dynamic, ...) under rope_type. exllamav2
-(config.py, 0.3.2) looks for each under one of the two only, and stops where both are there."""
+"""Under which key rope_scaling names these; all others (llama3, dynamic, ...) under rope_type, as transformers did.
+exllamav2 (config.py, 0.3.2) reads either, and stops where both are there."""
 
 
 def carry_over(
@@ -50,12 +50,19 @@ def edited(config: dict[str, Any], edits: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def written_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The source's config with the written dtype, and with both the old and the new form of the rope keys."""
+    """The source's config with the written dtype, and with both the old and the new form of the rope keys.
+
+    In the old one the type has one key: transformers 4 left two, which exllamav2 does not take.
+    """
     result = dict(config)
     for key in ("torch_dtype", "dtype"):
         if dtype and key in result:
             result[key] = dtype
     result.update(_new_rope(config) if not config.get("rope_parameters") else _old_rope(config))
+    scaling = result.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling.get("type") and scaling["type"] == scaling.get("rope_type"):
+        kept = _TYPE_KEY.get(str(scaling["type"]), "rope_type")
+        result["rope_scaling"] = {k: v for k, v in scaling.items() if k == kept or k not in ("type", "rope_type")}
     return result
 
 

@@ -24,13 +24,10 @@ from typing import Any
 from orchestrator.artifacts import MANIFEST, RECIPE_NAME, Artifact, Built, Recipe, Store
 from orchestrator.backends.exl2_setup import visible_devices
 from orchestrator.backends.table import BACKENDS
-from orchestrator.checkpoint.architectures import layout_of
 from orchestrator.checkpoint.carry import written_config
-from orchestrator.checkpoint.config_values import ConfigValues
 from orchestrator.checkpoint.exl2_layout import TOLERANCE, check_exl2
 from orchestrator.checkpoint.fingerprint import differences
 from orchestrator.checkpoint.folder import Checkpoint, carried_files, fingerprint, open_checkpoint
-from orchestrator.checkpoint.positions import longest_context
 from orchestrator.checkpoint.trust import shown
 from orchestrator.config import Config, folder
 from orchestrator.engine.cuda_build import require_build
@@ -59,6 +56,7 @@ from orchestrator.stages.exl2_measurement import (
 from orchestrator.stages.exl2_memory import host_needed
 from orchestrator.stages.exl2_mix import OtherMix, check_mix
 from orchestrator.stages.exl2_result import Linears, NotWhole, judge_model, verify_artifact
+from orchestrator.stages.exl2_rope import check_rope
 
 VERSION = "1"
 """Of both stages: part of an artifact's key, to be raised when the same inputs give other files."""
@@ -317,13 +315,13 @@ def _verify(store: Store, artifact: Artifact, run: RunFolder) -> None:
 def _check_config(source: Checkpoint, chosen: Candidate) -> None:
     """Refuses a config.json that exllamav2 would read wrong. (What is converted gets both forms of the rope keys.)"""
     if _converts(source, chosen):
-        _check_scaling(written_config(source.config, ""), source.path, chosen.max_context)
+        check_rope(written_config(source.config, ""), source.path, chosen.max_context)
         return
-    _check_rope(source)
-    _check_scaling(source.config, source.path, chosen.max_context)
+    _check_old_form(source)
+    check_rope(source.config, source.path, chosen.max_context)
 
 
-def _check_rope(source: Checkpoint) -> None:
+def _check_old_form(source: Checkpoint) -> None:
     """exllamav2 reads the old rope keys only, and takes a theta of 10000 where there are none."""
     if written_config(source.config, "") != source.config and "rope_theta" not in source.config:
         raise ConfigError(
@@ -331,24 +329,6 @@ def _check_rope(source: Checkpoint) -> None:
             "Add rope_theta (and rope_scaling) to config.json beside them."
             if source.quantized
             else "Add convert.dtype=float16: the copy that is made has both forms.",
-        )
-
-
-def _check_scaling(config: dict[str, Any], path: Path, context: int) -> None:
-    """exllamav2 scales by rope_scaling only, and not by its type dynamic: past its positions a model answers nonsense.
-
-    Args:
-        config: config.json as exllamav2 will find it.
-    """
-    row, where = layout_of(config), f"{shown(path, 400)}/config.json"
-    scaling = config.get("rope_scaling")
-    known = isinstance(scaling, dict) and "dynamic" not in (scaling.get("rope_type"), scaling.get("type"))
-    read = config | {"rope_parameters": None, "rope_scaling": scaling if known else None}
-    most = longest_context(row, ConfigValues(read, where, row.defaults), []) if row else context
-    if context > most:
-        raise ConfigError(
-            f"{where}: exllamav2 does not scale beyond {most} tokens as it says, and this is for {context}",
-            f"Set model.max_context={most} or less, or use another backend.",
         )
 
 

@@ -176,6 +176,17 @@ def test_a_file_that_shrinks_or_goes_is_an_error(tmp_path):
             {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0}},
         ),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, {}),
+        (
+            {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "rope_type": "yarn", "factor": 4.0}},
+            {
+                "rope_scaling": {"type": "yarn", "factor": 4.0},  # one of the two, for exllamav2
+                "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+            },
+        ),
+        (
+            {"rope_scaling": {"type": "llama3", "rope_type": "llama3", "factor": 8.0}},
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        ),
         ({"rope_scaling": {"type": "linear"}}, {}),
         ({}, {}),
     ],

@@ -293,7 +293,8 @@ def test_a_context_that_exllamav2_does_not_scale_to(bench: Bench, method: str) -
     ],
 )
 def test_scaling_that_exllamav2_knows(bench: Bench, key: str, kind: str, works: bool) -> None:
-    config = SHAPE.config() | {key: {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0}}
+    original = {"original_max_position_embeddings": SHAPE.context}
+    config = SHAPE.config() | {key: {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0, **original}}
     (bench.source / "config.json").write_text(json.dumps(config))
     chosen = replace(bench.chosen(4.0), method="none", bits=16.0, max_context=2 * SHAPE.context)
     with nullcontext() if works else pytest.raises(ConfigError, match="does not scale beyond"):
