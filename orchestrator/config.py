@@ -304,19 +304,19 @@ def _check_numbers(config: Config) -> Iterator[str]:
     ranges: dict[str, tuple[float, float, str]] = {
         "quant.bits": (2, 32, "2 to 32 bits"),
         "model.max_context": (16, 2**24, "16 to 16777216 tokens"),
-        "generation.max_tokens": (1, 2**20, "at least 1 token"),
+        "generation.max_tokens": (1, 2**20, "1 to 1048576 tokens"),
         "generation.temperature": (0, 10, "0 (greedy) to 10"),
         "generation.top_p": (1e-6, 1, "above 0, up to 1"),
-        "generation.seed": (0, 2**63 - 1, "0 or more"),
+        "generation.seed": (0, 2**63 - 1, f"0 to {2**63 - 1}"),
         "hardware.reserve_gib": (0, 4096, "0 to 4096 GiB"),
         "hardware.margin_gib": (0, 4096, "0 to 4096 GiB"),
-        "hardware.capability": (3, 20, "such as 7.5 (T4) or 8.6 (RTX 3090)"),
+        "hardware.capability": (3, 20, "3 to 20, such as 7.5 (T4) or 8.6 (RTX 3090)"),
         "hardware.cards": (1, 1024, "1 to 1024"),
         "offload.cpu_gib": (0, 4096, "0 to 4096 GiB"),
         "run.in_flight": (1, 1024, "1 to 1024 prompts"),
-        "parallel.tensor": (1, 1024, "at least 1 rank"),
-        "parallel.pipeline": (1, 1024, "at least 1 stage"),
-        "artifacts.unused_days": (0, 36500, "0 days or more"),
+        "parallel.tensor": (1, 1024, "1 to 1024 ranks"),
+        "parallel.pipeline": (1, 1024, "1 to 1024 stages"),
+        "artifacts.unused_days": (0, 36500, "0 to 36500 days"),
         "server.port": (0, 65535, "1 to 65535, or 0 for any that is free"),
     }
     for key, (low, high, meaning) in ranges.items():
@@ -467,6 +467,11 @@ def _check_prompts(config: Config) -> Iterator[str]:
         yield "prompts.text is a text or a list of texts; quote it for the shell: 'prompts.text=What is {}?'"
 
 
+def _check_stop(config: Config) -> Iterator[str]:
+    if "" in config.generation.stop:
+        yield "generation.stop has an empty text, which is in every answer: leave it out"
+
+
 def _check_offload(config: Config) -> Iterator[str]:
     if config.offload.folder is not None and not config.offload.folder.strip():
         yield "offload.folder is empty: name a folder, or leave it unset"
@@ -490,6 +495,7 @@ CHECKS: tuple[Callable[[Config], Iterator[str]], ...] = (
     _check_model,
     _check_unmerged,
     _check_prompts,
+    _check_stop,
     _check_offload,
     _check_server,
 )

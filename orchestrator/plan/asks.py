@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from orchestrator.backends.known_models import LOADED, counted, unmerged
-from orchestrator.backends.table import BACKENDS, METHODS, Backend, backends_with_adapters
+from orchestrator.backends.table import BACKENDS, METHODS, Backend, backends_with_adapters, backends_with_key
 from orchestrator.checkpoint.adapter_unmerged import MERGED
 from orchestrator.checkpoint.quantized import Quantized
 from orchestrator.checkpoint.spec import ModelSpec
@@ -178,9 +178,10 @@ def _in(backend: Backend, config: Config) -> str:
     return f", all in {' or '.join(backend.dtypes)}: leave model.dtype out"
 
 
-def _offer(method: str, widths: tuple[float, ...]) -> str:
-    """As it is typed where the bare name would be read as "nothing"."""
-    return f"{'quant=none' if method == 'none' else method} at {METHODS[method].widths(widths)} bits"
+def _offer(backend: Backend, method: str, widths: tuple[float, ...]) -> str:
+    """As it is typed where the bare name would be read as "nothing", or where it is not taken by itself."""
+    typed = method == "none" or method in backend.on_request
+    return f"{f'quant={method}' if typed else method} at {METHODS[method].widths(widths)} bits"
 
 
 def _loads(backend: Backend) -> str:
@@ -192,13 +193,17 @@ def _loads(backend: Backend) -> str:
 def nothing_matches(config: Config) -> str:
     asked = [f"backend={config.backend.name}"] if config.backend.name != "auto" else []
     asked += [f"quant.method={config.quant.method}"] if config.quant.method != "auto" else []
-    asked += [f"quant.bits={config.quant.bits:g}"] if config.quant.bits is not None else []
+    asked += [f"quant.bits={config.quant.bits:.10g}"] if config.quant.bits is not None else []
     asked += [f"model.dtype={config.model.dtype}"] if config.model.dtype != "auto" else []
     asked += ["model.merge=false"] if not config.model.merge else []
     asked += [f"{key}={get(config, key)}" for key in ENGINE_KEYS if get(config, key) is not None]
-    have = [
-        f"{b.name} has {', '.join(_offer(m, ws) for m, ws in b.methods.items())}{_loads(b)}{_in(b, config)}"
+    needed = {key: backends_with_key(key) for key in ENGINE_KEYS if get(config, key) is not None}
+    have = [f"{key} is a setting of {' and '.join(able)}" for key, able in needed.items()]
+    have += [
+        f"{b.name} has {', '.join(_offer(b, m, ws) for m, ws in b.methods.items())}{_loads(b)}{_in(b, config)}"
         for b in BACKENDS.values()
-        if config.backend.name in ("auto", b.name) and (config.model.merge or b.unmerged)
+        if config.backend.name in ("auto", b.name)
+        and (config.model.merge or b.unmerged)
+        and all(b.name in able for able in needed.values())
     ]
     return f"no engine runs {' with '.join(asked)}: {'; '.join(have)}"

@@ -228,6 +228,15 @@ def test_what_no_engine_has_is_refused_with_what_they_have(specs: dict[Llama, Mo
     assert "quant=none at 16 or 32 bits" in message
 
 
+def test_of_a_setting_that_does_not_go_with_the_width_its_engines_are_named(specs: dict[Llama, ModelSpec]) -> None:
+    with pytest.raises(ConfigError, match="no engine runs") as caught:
+        best(specs[SMALL], cards(1), "quant.bits=2.249999", "quant.measurement=/m.json")
+    message = str(caught.value)
+    assert message.startswith("no engine runs quant.bits=2.249999 with quant.measurement=/m.json: ")
+    assert "quant.measurement is a setting of exllamav2; exllamav2 has exl2 at 2.25 to 8 bits" in message
+    assert "bitsandbytes" not in message
+
+
 def test_an_engine_of_one_dtype_says_so(specs: dict[Llama, ModelSpec]) -> None:
     with pytest.raises(ConfigError, match=r"all in float16: leave model\.dtype out"):
         best(specs[SMALL], cards(1), "backend=exllamav2", "quant.bits=4", "model.dtype=bfloat16")
