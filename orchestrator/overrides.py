@@ -69,6 +69,12 @@ def prepare(argv: list[str], conf: Path) -> list[str]:
     for key, value in (("run.resume", raw.get("run.resume", "null")), ("prompts.file", raw.get("prompts.file"))):
         if multirun and value not in (None, "null") and (key == "run.resume" or value == "-"):
             raise ConfigError(f"{key}={value} is for one run, and -m makes several", "Leave -m out.")
+    output = raw.get("output.path", "null")
+    if multirun and output != "null" and not re.search(r"[,(]|\$\{", output):  # the second would find the first's in it
+        raise ConfigError(
+            f"output.path={output} is one folder, and -m makes several",
+            f"Name one for each: 'output.path={output}-${{quant.bits}}'.",
+        )
     return [*flags, *_resumed(overrides, raw)]
 
 

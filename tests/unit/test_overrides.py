@@ -237,3 +237,11 @@ def test_only_a_run_folder_can_be_resumed(tmp_path: Path) -> None:
 
 def test_no_resume_is_an_ordinary_run() -> None:
     assert prepare(["run.resume=null"], CONF) == ["run.resume=null"]
+
+
+def test_one_output_folder_is_not_for_a_sweep() -> None:
+    message = refusal("-m", "task=convert", "quant.bits=4,8", "output.path=/new/out")
+    assert "output.path=/new/out is one folder, and -m makes several" in message
+    assert "'output.path=/new/out-${quant.bits}'" in message
+    for several in ("/new/out-${quant.bits}", "/new/a,/new/b"):
+        assert prepare(["-m", "quant.bits=4,8", f"output.path={several}"], CONF)[-1] == f"output.path={several}"
