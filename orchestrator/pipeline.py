@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,8 +207,9 @@ def check_stages(config: Config, source: Source, chosen: Candidate, *, here: boo
         EngineUnavailableError: what makes the engine's files is not here; only where there are none in the store yet.
     """
     store = Store(folder(config.paths.artifacts))
+    tokenizer = partial(_merged_tokenizer_folder, source)
     for stage in _own_stages(chosen):
-        stage.check(config, store, *_given(config, source), chosen, here=here)
+        stage.check(config, store, *_given(config, source), chosen, tokenizer, here=here)
 
 
 def conversion(config: Config, source: Source, chosen: Candidate, *, planning: bool) -> Conversion | None:
@@ -285,6 +287,11 @@ def tokenizer_folder(source: Source) -> Path:
 
     adapters = (*source.adapters, *source.unmerged)
     return merged_tokenizer(unpacked(source.base), adapters) if adapters else source.base.path
+
+
+def _merged_tokenizer_folder(source: Source) -> Path:
+    """Where the tokenizer of what an engine's own stages are given comes from: adapters on top of it change nothing."""
+    return tokenizer_folder(replace(source, unmerged=()))
 
 
 def planned_spec(config: Config, source: Source) -> ModelSpec:

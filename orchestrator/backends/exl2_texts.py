@@ -81,7 +81,8 @@ def _line(line: str, where: str) -> Text:
 def _entry(line: str, where: str) -> Text:
     try:
         value = json.loads(line)
-        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, and no text
+        if "\\u" in line:  # half of a surrogate pair is JSON, and no text
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ConfigError(f"{where} holds half of a surrogate pair, which is no character") from None
     except (ValueError, RecursionError) as error:

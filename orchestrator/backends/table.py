@@ -110,6 +110,7 @@ class Backend:
             rests on -> the key of ours that says the same; empty: none does.
         lacks: "module:function" of what an interpreter lacks that the engine can do without, but not as well ("" for
             nothing); empty: there is no such thing.
+        capability: the least compute capability that the PyTorch of its pins has kernels for; (0, 0): not looked up.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Backend:
     grows: str = ""
     planned_args: Mapping[str, str] = field(default_factory=dict)
     lacks: str = ""
+    capability: tuple[int, int] = (0, 0)
 
     @property
     def known_methods(self) -> tuple[str, ...]:
@@ -140,6 +142,7 @@ class Backend:
         return tuple(dict.fromkeys((*self.methods, *(name for name in self.loads if name in METHODS))))
 
 
+_CUDA_13 = (7, 5)  # which has no older cards any more, whatever is built with it
 MARLIN_GROUPS = (-1, 32, 64, 128)
 
 # Of from_pretrained: what places, quantizes or finds a model otherwise than planned.
@@ -296,6 +299,7 @@ BACKENDS: dict[str, Backend] = {
             elsewhere=frozenset({"gptq"}),
             half=frozenset({"gptq", "awq", "compressed-tensors", "fp8"}),
             planned_args=_ASYNC_ENGINE_ARGS,
+            capability=_CUDA_13,
         ),
         Backend(
             name="exllamav2",
@@ -327,6 +331,7 @@ BACKENDS: dict[str, Backend] = {
             unmerged="orchestrator.stages.exl2_adapters:write_adapters",
             planned_args=_EXLLAMAV2_CONFIG,
             lacks="orchestrator.plan.exl2_attention:lacks",
+            capability=_CUDA_13,
         ),
     )
 }

@@ -292,6 +292,7 @@ def check_headers(
         CheckpointError: what is wrong (named).
     """
     linears = packed_linears(tensors)
+    _check_once(linears, tensors)
     _check_layers(folder, [linear for linear in linears.values() if not _is_head(linear)], bits)
     for head in filter(_is_head, linears.values()):
         if head.bits < head_bits:
@@ -301,12 +302,27 @@ def check_headers(
     return linears
 
 
+def _check_once(linears: Mapping[str, Packed], tensors: Mapping[str, TensorInfo]) -> None:
+    """Raises CheckpointError where a linear is there unquantized too: which of the two is right, nothing says."""
+    for module, linear in linears.items():
+        plain = tensors.get(f"{module}.weight")
+        if plain is not None:
+            packed = linear.parts["q_weight"]
+            beside = "" if packed.file == plain.file else f" of {shown(packed.file.name)}"
+            raise _wrong(plain, f" is the same linear as {shown(packed.name)}{beside}: it is there twice")
+
+
 def _check_layers(folder: Path, layers: list[Packed], said: float) -> None:
     """Raises CheckpointError unless the layers can be what the converter gives for a target of `said` bits.
 
     It stays below its target by less than the next mix of a block would add, which is much where there are few
     blocks. Above it are only the least mixes. Some who sign a model by hand leave out what stands beside the weights.
     """
+    if not layers:
+        raise CheckpointError(
+            f"{shown(folder, 400)}: config.json says exl2, and no linear of its layers is quantized so",
+            "Download the model again, or take quantization_config out of config.json.",
+        )
     weights = max(sum(linear.weights for linear in layers), 1)
     blocks: dict[str, int] = {}
     for linear in layers:

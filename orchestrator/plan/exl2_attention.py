@@ -14,7 +14,7 @@ from functools import cache
 from orchestrator.backends.exl2_setup import FLASH_ATTENTION
 from orchestrator.engine.process import child_environment
 
-WANTED = "2.6"  # of what is installed now; FLASH_ATTENTION is the least that does
+WANTED = "2.6"  # of what is installed now, which has softcapping too; FLASH_ATTENTION is the least that does
 _ASK_S = 60.0
 # The engine imports both (backends/exl2_setup.py). pip: an interpreter that uv made has none.
 _ASK = """

@@ -61,6 +61,7 @@ def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
         *_untried(candidates, spec),
         *hardware.notes,
         *_dtype_notes(config, candidates[0], hardware),
+        *_old_card_notes(candidates, hardware),
         *_split_notes(config, spec, hardware, candidates[0]),
     )
     ways = () if candidates[0].fits else changes(config, spec, hardware)
@@ -128,6 +129,18 @@ def _check_context(config: Config, spec: ModelSpec) -> None:
             f"model.max_context={asked} is more than the {spec.max_context} tokens that this model was made for",
             f"Set model.max_context={spec.max_context} or less.",
         )
+
+
+def _old_card_notes(candidates: list[Candidate], hardware: Hardware) -> Iterator[str]:
+    """No refusal: an interpreter of the user's own may have a PyTorch that was built for such a card."""
+    for least in sorted({BACKENDS[c.backend].capability for c in candidates}):
+        old = next((gpu for gpu in hardware.gpus if gpu.capability < least), None)
+        if old is not None:
+            of = [name for name in dict.fromkeys(c.backend for c in candidates) if BACKENDS[name].capability == least]
+            yield (
+                f"GPU {old.index} ({old.name}) has compute capability {old.capability_text}, for which the PyTorch "
+                f"pinned for {' and '.join(of)} has no kernels: its least is {'.'.join(map(str, least))}"
+            )
 
 
 def _split_notes(config: Config, spec: ModelSpec, hardware: Hardware, chosen: Candidate) -> Iterator[str]:

@@ -133,17 +133,26 @@ def quantize(config: Config, model: Model, chosen: Candidate, run: RunFolder) ->
 
 
 def check(
-    config: Config, store: Store, source: Checkpoint, inputs: dict[str, Any] | None, chosen: Candidate, *, here: bool
+    config: Config,
+    store: Store,
+    source: Checkpoint,
+    inputs: dict[str, Any] | None,
+    chosen: Candidate,
+    tokenizer: Callable[[], Path],
+    *,
+    here: bool,
 ) -> None:
     """Refuses by headers alone what the stage would refuse, before anything is written.
 
     Args:
         source: the model that it will be given, with its config.json as it will be then.
         inputs: the recipe's; None where they are not on this machine yet.
+        tokenizer: the folder of that model's tokenizer, for whose inputs are here.
         here: this machine converts, so that the converter has to be on it, and what its extension is built with.
 
     Raises:
         EngineUnavailableError, ConfigError: see `quantize`.
+        CheckpointError: the model's tokenizer cannot be loaded, which calibration texts of the user's need.
     """
     _check_config(source, chosen)
     if not _converts(source, chosen):
@@ -153,8 +162,17 @@ def check(
         return
     if config.quant.measurement is not None:
         _users_measurement(config, source)
-    if here:
-        _converter(config, chosen)
+    python = _converter(config, chosen) if here else None
+    if calibration := Calibration.of(config, length):
+        _check_calibration(calibration, tokenizer() if inputs is not None else None, python)
+
+
+def _check_calibration(calibration: Calibration, tokenizer: Path | None, python: str | None) -> None:
+    """The texts as far as it can be: to the last token where they will be converted, else as a plan does."""
+    if python is not None and tokenizer is not None:
+        calibration.check(tokenizer, python)
+    else:
+        calibration.look(tokenizer)
 
 
 def conversion(

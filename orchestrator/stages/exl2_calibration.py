@@ -14,9 +14,11 @@ from orchestrator.checkpoint.digest import digest
 from orchestrator.config import Config, folder
 from orchestrator.engine.process import child_environment
 from orchestrator.errors import ConfigError, StageError
-from orchestrator.tokenizer import Tokenizer
+from orchestrator.tokenizer import Tokenizer, count_tokens
 
 ROWS, MEASURED_ROWS = 100, 16  # of a file: the converter's own defaults
+_PLANNED = 2_000_000  # characters that a plan counts the tokens of: half a second
+_LESS = 0.95  # of what is wanted: how many tokens by tokenizer.json alone are too few for certain
 _CHILD = Path(__file__).with_name("parquet_child.py")
 
 
@@ -58,8 +60,35 @@ class Calibration:
         rows = ["-r", str(self.rows), "-mr", str(min(self.rows, MEASURED_ROWS))]
         return ["-c", str(self.file if self._is_parquet else self._written(where)), *rows]
 
+    def look(self, model: Path | None) -> None:
+        """What a plan sees of it: every line, and tokens that are far too few. Of .parquet its ends only.
+
+        Conversations, which take the chat template, and more than some megabytes of text are not counted: `check` does.
+
+        Args:
+            model: the folder of the tokenizer; None where it is not on this machine.
+
+        Raises:
+            ConfigError: a line cannot be read; or it has too few tokens, with what to type.
+        """
+        check_texts(self.file)
+        if self._is_parquet:
+            return
+        held: list[str] = []
+        characters, whole = 0, model is not None and not self.trust_remote_code  # which may count otherwise
+        for text in texts(self.file):  # to the end, as all of it is converted
+            if not whole or not isinstance(text, str) or characters > _PLANNED:
+                whole = False
+                continue
+            held.append(text)
+            characters += len(text)
+        if whole and model is not None:
+            count = count_tokens(model, pieces(held), self._wanted)
+            if count is not None and count < _LESS * self._wanted:
+                raise self._too_few(count, "about ")
+
     def check(self, model: Path, python: str) -> None:
-        """Counts its tokens with the model's tokenizer, as far as they are needed.
+        """Reads it to its end, and counts its tokens with the model's tokenizer as far as they are needed.
 
         Raises:
             ConfigError: it has too few, with what to type; or it cannot be read.
@@ -67,14 +96,21 @@ class Calibration:
         """
         check_texts(self.file)
         tokenizer = self._tokenizer(model)
-        wanted, count = self.rows * self.length, 0
+        count = 0
         for text in self._parquet(python) if self._is_parquet else self._pieces(tokenizer):
-            count += len(tokenizer.encode_text(text))
-            if count >= wanted:
-                return
-        raise ConfigError(
-            f"quant.calibration.file={self.file} has {count:,} tokens, and quant.calibration.rows={self.rows} of "
-            f"quant.calibration.length={self.length} take {wanted:,}",
+            if count < self._wanted:
+                count += len(tokenizer.encode_text(text))
+        if count < self._wanted:
+            raise self._too_few(count)
+
+    @property
+    def _wanted(self) -> int:
+        return self.rows * self.length
+
+    def _too_few(self, count: int, about: str = "") -> ConfigError:
+        return ConfigError(
+            f"quant.calibration.file={self.file} has {about}{count:,} tokens, and quant.calibration.rows={self.rows} "
+            f"of quant.calibration.length={self.length} take {self._wanted:,}",
             _fewer(count, self.length),
         )
 

@@ -14,10 +14,12 @@ from exl2_bench import Bench, make_bench
 
 from orchestrator import embedded
 from orchestrator.backends.exl2_texts import pieces, texts
+from orchestrator.checkpoint.folder import open_checkpoint
 from orchestrator.checkpoint.tokenizer import tokenizer_files
 from orchestrator.errors import ConfigError, StageError
-from orchestrator.stages import parquet_child
-from orchestrator.tokenizer import Tokenizer
+from orchestrator.pipeline import Source, check_stages
+from orchestrator.stages import exl2_calibration, parquet_child
+from orchestrator.tokenizer import Tokenizer, count_tokens
 
 ROWS = ("quant.calibration.rows=2", "quant.calibration.length=128")
 TALK = [{"role": "user", "content": "What is a list?"}, {"role": "assistant", "content": "A sequence."}]
@@ -94,6 +96,65 @@ def test_too_few_tokens(bench: Bench, lines: int, options: tuple[str, ...], hint
         asked = {"quant.calibration.length": "128"} if options else {}
         asked |= dict(word.split("=") for word in words)
         bench.quantize(4.0, f"quant.calibration.file={file}", *(f"{key}={value}" for key, value in asked.items()))
+
+
+def check(bench: Bench, file: Path, *options: str, here: bool) -> None:
+    """What is looked at before anything is merged: by a plan, and by a run (`here`)."""
+    config = bench.config(f"quant.calibration.file={file}", *options)
+    check_stages(config, Source(open_checkpoint(bench.source)), bench.chosen(4.0), here=here)
+
+
+@pytest.mark.parametrize("here", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "one"}\nno JSON\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "' + b"more of it, and more " * 500 + b'"}\n{"a": 1}\n', "line 2 has no text"),
+        ("a.txt", b"more of it, and more\n" * 500 + b"\xff\n", "is not UTF-8"),
+        ("a.txt", b"six words, and no more here\n", r"has (about )?\d+ tokens, and .*rows=2 .*length=128 take 256"),
+    ],
+)
+def test_texts_that_cannot_do_are_refused_before_the_merge(
+    bench: Bench, name: str, content: bytes, message: str, here: bool
+) -> None:
+    file = bench.folder / name
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        check(bench, file, *ROWS, here=here)
+    file.write_text('{"text": "more of it, and more"}\n' * 200)
+    check(bench, file, *ROWS, here=here)
+
+
+def test_a_plan_refuses_only_what_it_can_count(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = bench.folder / "mine.jsonl"
+    file.write_text('{"text": "one"}\n{"prompt": "two"}\n')
+    check(bench, file, *ROWS, here=False)  # a template is around it
+    with pytest.raises(ConfigError, match=r"has \d+ tokens"):
+        check(bench, file, *ROWS, here=True)
+    file = bench.folder / "mine.txt"
+    file.write_text("more of it\n" * 20)
+    check(bench, file, *ROWS, "model.trust_remote_code=true", here=False)
+    (bench.source / "tokenizer.json").rename(bench.folder / "kept.json")
+    check(bench, file, *ROWS, here=False)
+    (bench.source / "tokenizer.json").write_text("{}")
+    check(bench, file, *ROWS, here=False)
+    (bench.folder / "kept.json").replace(bench.source / "tokenizer.json")
+    with pytest.raises(ConfigError, match="has about"):
+        check(bench, file, *ROWS, here=False)
+    monkeypatch.setattr(exl2_calibration, "_PLANNED", 100)
+    check(bench, file, *ROWS, here=False)
+
+
+def test_tokens_without_transformers(tmp_path: Path) -> None:
+    text = (embedded.BASE.parent / "heldout.txt").read_text(encoding="utf-8")[:20_000]
+    found = len(Tokenizer(embedded.BASE, None, False).encode_text(text))
+    assert count_tokens(embedded.BASE, [text], 10**6) == found
+    assert count_tokens(embedded.BASE, [text] * 3, found + 1) == 2 * found
+    content = json.loads((embedded.BASE / "tokenizer.json").read_text(encoding="utf-8"))
+    cut = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"truncation": cut}))
+    assert count_tokens(tmp_path, [text], 10**6) == found
+    assert count_tokens(tmp_path / "nowhere", [text], 10**6) is None
 
 
 def test_a_parquet_file_goes_as_it_is(bench: Bench) -> None:

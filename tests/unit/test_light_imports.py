@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import packed_models
 import pytest
 import small_models
 
+from orchestrator import embedded
 from tests.checkpoints import write_model
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +77,17 @@ def test_a_plan_of_headers_looks_at_no_data(tmp_path: Path) -> None:
     code, modules = modules_after(tmp_path, "task=plan", f"model.path={model}", "hardware=4x24gb")
     assert code == 0
     assert "numpy" not in modules
+
+
+def test_a_plan_that_counts_calibration_texts_loads_their_tokenizer_alone(tmp_path: Path) -> None:
+    model = small_models.write_headers(tmp_path / "model", small_models.Llama())
+    shutil.copy(embedded.BASE / "tokenizer.json", model)
+    (tmp_path / "one.txt").write_text("six words, and no more here\n")
+    texts = (f"quant.calibration.file={tmp_path / 'one.txt'}", "quant.calibration.rows=1000")
+    argv = ("task=plan", f"model.path={model}", "hardware=1x24gb", "backend=exllamav2", "quant.bits=4", *texts)
+    code, modules = modules_after(tmp_path, *argv)
+    assert code == 2
+    assert modules & ENGINES == {"tokenizers"}
 
 
 def test_a_checkpoint_that_is_refused_loads_no_engine(tmp_path: Path) -> None:

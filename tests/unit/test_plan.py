@@ -218,6 +218,26 @@ def test_a_card_without_bf16_is_said(
 
 
 @pytest.mark.parametrize(
+    ("capability", "argv", "named"),
+    [
+        ((6, 1), [], "vllm and exllamav2"),
+        ((7, 0), ["backend=exllamav2"], "exllamav2"),
+        ((6, 1), ["backend=vllm"], "vllm"),
+        ((6, 1), ["backend=bitsandbytes"], ""),
+        ((7, 5), [], ""),
+    ],
+)
+def test_a_card_that_the_pinned_pytorch_has_no_kernels_for(
+    specs: dict[Llama, ModelSpec], capability: tuple[int, int], argv: list[str], named: str
+) -> None:
+    plan = make_plan(composed(*argv), specs[SMALL], cards(1, capability=capability))
+    notes = [note for note in plan.notes if "has no kernels" in note]
+    assert len(notes) == bool(named)
+    assert all(f"PyTorch pinned for {named} has no kernels: its least is 7.5" in note for note in notes)
+    assert plan.chosen.fits  # an interpreter of the user's own may have others
+
+
+@pytest.mark.parametrize(
     "argv", [["quant.bits=5"], ["backend=transformers", "quant.bits=4"], ["quant.bits=16", "model.dtype=float32"]]
 )
 def test_what_no_engine_has_is_refused_with_what_they_have(specs: dict[Llama, ModelSpec], argv: list[str]) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from composing import composed
-from exl2_models import exl2_arrays, write_exl2
+from exl2_models import exl2_arrays, write_exl2, write_tensors
 from packed_models import PACK, SIZES, tensors_of, write_packed
 from small_models import LLAMA_70B, Llama, write_headers
 
@@ -381,6 +382,83 @@ def test_a_damaged_exl2_folder_is_not_planned(tmp_path: Path, change: dict[str, 
     with pytest.raises(CheckpointError, match=message) as caught:
         exl2_spec(write_exl2(tmp_path / "bad", SHAPE, **change))
     assert "ownload the model again" in caught.value.hint
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def rows(embedding: int, head: int) -> dict[str, Any]:
+    """An embedding, and a quantized head, of so many words."""
+    packed = exl2_arrays((head, 512), [(128, 8)] + [(128, 6)] * 3)
+    return {f"lm_head.{part}": array for part, array in packed.items()} | {EMBEDDING: ("F16", (embedding, 512))}
+
+
+@pytest.mark.parametrize(
+    ("vocab", "embedding", "head", "message"),
+    [
+        (2048, 1000, 1000, r"model\.embed_tokens has 1000 rows, too few for the vocab_size of 2048 in config\.json"),
+        (1000, 512, 1000, r"model\.embed_tokens has 512 rows, too few for the vocab_size of 1000"),
+        (1000, 1000, 512, r"lm_head has 512 outputs, too few for the vocab_size of 1000"),
+        (512, 512, 1000, r"lm_head has 1024 outputs, and model\.embed_tokens\.weight 512 rows"),
+        (1000, 1000, 1000, ""),
+        (1000, 1088, 1088, ""),  # padded before it was converted
+        (1000, 1088, 1000, ""),
+    ],
+)
+def test_words_of_an_exl2_folder(tmp_path: Path, vocab: int, embedding: int, head: int, message: str) -> None:
+    folder = write_exl2(tmp_path, replace(SHAPE, vocab=vocab), changed=rows(embedding, head))
+    if not message:
+        assert exl2_spec(folder).vocab == vocab
+        return
+    with pytest.raises(CheckpointError, match=message) as caught:
+        exl2_spec(folder)
+    assert "ownload the model again" in caught.value.hint
+
+
+@pytest.mark.parametrize(("said", "words"), [(1, "1"), (None, "nowhere")])
+def test_layers_that_exllamav2_would_not_build(tmp_path: Path, said: int | None, words: str) -> None:
+    folder = write_exl2(tmp_path / "exl2", SHAPE)
+    plain = write_headers(tmp_path / "plain", SHAPE)
+    for path in (folder, plain):
+        config = json.loads((path / "config.json").read_text()) | {"num_hidden_layers": said}
+        (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"says num_hidden_layers {words}, and the weights have 2 l") as caught:
+        exl2_spec(folder)
+    assert "Set num_hidden_layers to 2" in caught.value.hint
+    assert exl2_spec(plain).layers == 2  # a note says so
+
+
+def test_a_linear_that_is_there_twice(tmp_path: Path) -> None:
+    folder = write_exl2(tmp_path, SHAPE, changed={f"{UP}.weight": ("F16", (1024, 512))})
+    for look in (exl2_spec, check_exl2):
+        with pytest.raises(CheckpointError, match=rf"{UP}\.weight is the same linear as {UP}\.q_weight: it is there"):
+            look(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "output.safetensors"])
+def test_the_unquantized_model_beside_the_exl2_one(tmp_path: Path, name: str) -> None:
+    folder, plain = write_exl2(tmp_path / "exl2", SHAPE), write_headers(tmp_path / "plain", SHAPE)
+    quantized = "model.safetensors" if name.startswith("output") else "output.safetensors"
+    (folder / "output.safetensors").rename(folder / quantized)
+    (plain / "model.safetensors").rename(folder / name)
+    with pytest.raises(CheckpointError, match=rf"{name} holds weights that {quantized} holds too") as caught:
+        exl2_spec(folder)
+    assert caught.value.hint == f"Move {name} to another folder: the EXL2 model is in {quantized}."
+    (folder / name).write_bytes(b"no weights")
+    with pytest.raises(CheckpointError):
+        exl2_spec(folder)
+    (folder / name).unlink()
+    write_tensors(folder / "adapter_model.safetensors", {"base_model.x.lora_A.weight": ("F16", (8, 512))})
+    assert exl2_spec(folder).layers == 2  # of which exllamav2 takes nothing
+
+
+def test_no_quantized_layer_is_no_number_of_bits(tmp_path: Path) -> None:
+    folder = write_headers(tmp_path, SHAPE)
+    signed = {"quantization_config": {"quant_method": "exl2", "bits": 4.0}}
+    config = json.loads((folder / "config.json").read_text()) | signed
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="says exl2, and no linear of its layers is quantized so"):
+        exl2_spec(folder)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from composing import CONF, hydra_ready
 
+from orchestrator.backends.exl2_setup import FLASH_ATTENTION
 from orchestrator.backends.table import BACKENDS
 from orchestrator.config import keys
 from orchestrator.overrides import prepare
@@ -83,6 +84,12 @@ def test_every_setting_of_the_readme_is_a_key() -> None:
 def test_every_backend_is_in_the_readme() -> None:
     for name in BACKENDS:
         assert f"| `{name}` |" in README
+
+
+def test_the_least_flash_attn_is_said_alike() -> None:
+    least = ".".join(map(str, FLASH_ATTENTION))
+    assert f"flash-attn {least} or later" in README
+    assert f"flash-attn >= {least} " in (ROOT / "orchestrator/engine/pins/exllamav2.txt").read_text(encoding="utf-8")
 
 
 def test_exit_codes_are_in_the_readme() -> None:
