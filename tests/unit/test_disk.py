@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections import namedtuple
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from orchestrator.engine import interpreters
 from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError
 from orchestrator.hardware import DRIVER_KEEPS, GIB
 from orchestrator.pipeline import disk_needs, merged
+from orchestrator.plan import huggingface
 from orchestrator.plan.conversion import Conversion
 from orchestrator.plan.disk import Need, Part, must_have_room, output_need, store_need
 from orchestrator.report.console import size
@@ -232,6 +234,68 @@ def test_a_conversion_that_no_card_holds_is_said_and_ends_with_3(
     assert "To run it" not in said
     assert place.json()["fits"]  # the model alone
     assert place.json()["command"] is None
+
+
+@pytest.mark.parametrize("engine", ["backend=exllamav2", "backend=auto"])
+@pytest.mark.parametrize("cards", ["1x16gb", "2x16gb", "2x24gb"])
+def test_what_is_suggested_needs_no_conversion_that_has_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, cards: str
+) -> None:
+    """Each suggestion is typed: it fits, and is not refused then."""
+    monkeypatch.setattr(huggingface, "disk_room", lambda folder: 1 << 40)
+    place = Place(tmp_path, LLAMA_70B)
+    argv = [engine, "quant.bits=7", f"hardware={cards}", "hardware.margin_gib=0"]
+    found = place.look(*argv).plan
+    assert not found.chosen.fits
+    assert bool(found.unmade) == (cards != "2x24gb")
+    assert found.changes
+    for change in found.changes:
+        typed = [setting.replace("=/path", f"={tmp_path}") for setting in change.settings]
+        keys = {setting.partition("=")[0] for setting in typed}
+        if change.cards:
+            typed.append(f"hardware.cards.count={change.cards.split('(')[1].split()[0]}")
+        then = place.look(*[text for text in argv if text.partition("=")[0] not in keys], *typed)
+        assert then.plan.chosen.fits, change.said
+        assert then.conversion is None or not then.conversion.lacks, change.said
+
+
+def test_where_nothing_is_left_to_suggest_the_conversion_is_why(tmp_path: Path) -> None:
+    place = Place(tmp_path, LLAMA_70B)
+    planned = place.look("backend=exllamav2", "quant.bits=5", "hardware=2x16gb")
+    without = replace(planned, plan=replace(planned.plan, changes=()))
+    for one, some in ((planned, True), (without, False)):
+        with pytest.raises(DoesNotFitError) as caught:
+            session.fits(one)
+        assert ("What would fit: " in str(caught.value)) is some
+        assert "Nothing that has to be converted first would: the conversion to EXL2 takes 23." in str(caught.value)
+        assert "quant.bits=2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "instead"),
+    [
+        (["quant.bits=2.5", "hardware=4x16gb"], "backend=bitsandbytes quant.bits=4"),
+        (["backend=exllamav2", "quant.bits=4", "hardware=4x16gb"], "backend=bitsandbytes"),
+        (["quant=exl2", "quant.bits=3", "hardware=4x16gb"], "backend=bitsandbytes quant.bits=4 quant.method=auto"),
+        (["quant.bits=2.5", "quant.head_bits=8", "hardware=4x16gb"], "backend=bitsandbytes quant.bits=4 quant.head"),
+        (["quant.bits=2.25", "hardware=2x16gb"], ""),  # it does not fit there
+        (["backend=exllamav2", "quant.bits=4", "hardware=4x16gb", "backend.engine_args.fasttensors=true"], ""),
+    ],
+)
+def test_what_quantizes_when_it_loads_is_named_with_bits_that_it_has(
+    tmp_path: Path, argv: list[str], instead: str
+) -> None:
+    place = Place(tmp_path, LLAMA_70B)
+    with pytest.raises(DoesNotFitError, match="the conversion to EXL2 takes") as caught:
+        session.can_run(place.look(*argv))
+    said = str(caught.value).partition("; or type ")[2]
+    assert said.startswith(instead)
+    assert bool(said) == bool(instead)
+    if instead:
+        typed = said.partition(", which")[0].split()
+        keys = {setting.partition("=")[0] for setting in typed}
+        kept = [text for text in argv if text.partition("=")[0] not in keys]
+        session.fits(place.look(*kept, *typed))
 
 
 def test_where_the_engine_is_free_what_cannot_be_converted_is_not_chosen(
