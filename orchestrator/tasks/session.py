@@ -363,14 +363,19 @@ def embedded_defaults(config: Config) -> Config:
     return config
 
 
+def show_notes(plan: Plan) -> None:
+    """What is to be known of a plan, on stderr."""
+    for line in plan.notes:
+        note(f"note: {line}")
+
+
 def show_plan(planned: Planned, chosen: Candidate, out: Console) -> None:
     """The plan for the person: the model, the machine, the table, the reason. What is to be known of it: on stderr.
 
     Args:
         out: on stdout where the plan is what was asked for, else on stderr.
     """
-    for line in planned.plan.notes:
-        note(f"note: {line}")
+    show_notes(planned.plan)
     source, said = planned.source, partial(out.print, markup=False, soft_wrap=True)
     said(model_line(source.label, planned.spec, len(source.adapters), len(source.unmerged)))
     for line in (hardware_line(planned.hardware), *held_lines(planned.hardware)):

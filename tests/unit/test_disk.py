@@ -230,10 +230,28 @@ def test_a_conversion_that_no_card_holds_is_said_and_ends_with_3(
     assert caught.value.exit_code == 3
     assert "hardware.memory_gib" in str(caught.value)
     said = capsys.readouterr().out
-    assert "GiB of one GPU (15.56 GiB free, which is too little)" in said
-    assert "To run it" not in said
-    assert place.json()["fits"]  # the model alone
-    assert place.json()["command"] is None
+    assert said == ""  # kept in a file, it would be taken for a plan
+    written = place.json()
+    assert (written["fits"], written["command"], written["candidates"][0]["fits"]) == (False, None, False)
+    assert written["reasons"] == written["candidates"][0]["reasons"]
+    assert "the conversion to EXL2 takes 23." in written["reasons"][0]
+    assert written["conversion_needed"]["gpu"]["free"] == 16 * GIB - DRIVER_KEEPS
+
+
+def test_a_plan_that_is_refused_shows_what_would_not_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path, LLAMA_7B)
+    monkeypatch.setattr(exl2, "host_needed", lambda source, bits, *_: int(bits * GIB))
+    monkeypatch.setattr(exl2, "most_free", lambda *_, **__: (24 * GIB, 5 * GIB))
+    with pytest.raises(DoesNotFitError, match=r"the conversion to EXL2 takes 8\.00 GiB of host memory"):
+        planned(place, capsys, "hardware=1x24gb", "backend=exllamav2")
+    said = capsys.readouterr().out
+    assert said.startswith("No plan: what was asked for is refused. What was looked at")
+    assert not any(words in said for words in ("Plan: ", "best first", "To run it"))
+    written = place.json()
+    assert (written["fits"], written["bits"], written["command"]) == (False, 8, None)
+    assert [(c["bits"], c["fits"]) for c in written["candidates"]] == [(6, True), (4, True), (8, False)]
 
 
 @pytest.mark.parametrize("engine", ["backend=exllamav2", "backend=auto"])
@@ -253,7 +271,7 @@ def test_what_is_suggested_needs_no_conversion_that_has_no_room(
         typed = [setting.replace("=/path", f"={tmp_path}") for setting in change.settings]
         keys = {setting.partition("=")[0] for setting in typed}
         if change.cards:
-            typed.append(f"hardware.cards.count={change.cards.split('(')[1].split()[0]}")
+            typed.append(f"hardware.cards={change.cards.split('(')[1].split()[0]}")
         then = place.look(*[text for text in argv if text.partition("=")[0] not in keys], *typed)
         assert then.plan.chosen.fits, change.said
         assert then.conversion is None or not then.conversion.lacks, change.said
@@ -321,6 +339,10 @@ def test_a_plan_refuses_what_its_conversion_would(place: Place, capsys: pytest.C
     argv = ("hardware=1x24gb", *EXL2)
     with pytest.raises(ConfigError, match=rf"quant\.measurement={file} is not of this model"):
         planned(place, capsys, *argv, f"quant.measurement={file}")
+    assert capsys.readouterr().out == ""
+    written = place.json()
+    assert (written["fits"], written["command"]) == (False, None)
+    assert written["reasons"] == [next(line for line in written["reasons"] if f"quant.measurement={file}" in line)]
     with pytest.raises(ConfigError, match=r"calibration\.length=4096 is more than the model's 2048 positions"):
         planned(place, capsys, *argv, "quant.calibration.length=4096")
     config = SHAPE.config() | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
