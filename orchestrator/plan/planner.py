@@ -66,6 +66,7 @@ def make_plan(config: Config, spec: ModelSpec, hardware: Hardware, unmade: Unmad
         *hardware.notes,
         *_dtype_notes(config, candidates[0], hardware),
         *_split_notes(config, spec, hardware, candidates[0]),
+        *_in_flight_notes(config, spec, hardware, candidates[0]),
     )
     if candidates[0].fits:
         return Plan(candidates[0], tuple(candidates), notes, hardware)
@@ -145,15 +146,38 @@ def _split_notes(config: Config, spec: ModelSpec, hardware: Hardware, chosen: Ca
     if not chosen.gpu_split or not chosen.fits or chosen.max_context >= goal_of(config, spec):
         return
     by_itself = changed(config, {"parallel.gpu_split": None})
-    asks = [ask for ask in asks_of(by_itself, spec, hardware) if ask.bits == chosen.bits]
-    same = [estimate(by_itself, spec, hardware, ask) for ask in asks]
-    most = max((c.max_context for c in same if c.fits and c.backend == chosen.backend), default=0)
+    most = _same(by_itself, spec, hardware, chosen)
     if most > chosen.max_context:
         said = ",".join(f"{share:g}" for share in config.parallel.gpu_split)
         yield (
             f"parallel.gpu_split=[{said}] leaves a context of {chosen.max_context}: a share is of layers, and their "
             f"cache comes on top of it. Give the first GPUs less, or type parallel.gpu_split=auto, which has {most}."
         )
+
+
+def _in_flight_notes(config: Config, spec: ModelSpec, hardware: Hardware, chosen: Candidate) -> Iterator[str]:
+    """So many at a time were asked for, and no context: it is cut before they are, and nobody chose that."""
+    in_flight, asked = config.run.in_flight or 1, config.model.max_context
+    alone = min(goal_of(config, spec), chosen.largest_context or 0)
+    if in_flight == 1 or asked is not None or not chosen.fits or chosen.max_context >= alone:
+        return
+    fewer, longest = in_flight, chosen.max_context
+    while longest < alone and fewer > 1:
+        fewer //= 2
+        longest = _same(changed(config, {"run.in_flight": fewer}), spec, hardware, chosen)
+    yield (
+        f"run.in_flight={in_flight} leaves {chosen.label} a context of {chosen.max_context} each, where one alone has "
+        f"{alone}. Type run.in_flight={fewer}, which has {longest}, or, if {chosen.max_context} will do, "
+        f"model.max_context={chosen.max_context}."
+    )
+
+
+def _same(config: Config, spec: ModelSpec, hardware: Hardware, chosen: Candidate) -> int:
+    """The context of the same engine, method and width under another configuration; 0: it does not fit."""
+    like = (chosen.backend, chosen.method, chosen.bits)
+    asks = [ask for ask in asks_of(config, spec, hardware) if (ask.backend, ask.method, ask.bits) == like]
+    found = (estimate(config, spec, hardware, ask) for ask in asks)
+    return max((c.max_context for c in found if c.fits), default=0)
 
 
 def _dtype_notes(config: Config, chosen: Candidate, hardware: Hardware) -> Iterator[str]:
