@@ -316,6 +316,17 @@ def test_what_quantizes_when_it_loads_is_named_with_bits_that_it_has(
         session.fits(place.look(*kept, *typed))
 
 
+def test_what_quantizes_when_it_loads_is_not_named_where_it_runs_no_adapter(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exl2, "needed", lambda *_: 48 * GIB)
+    argv = ("backend=exllamav2", "quant.bits=4", "hardware=1x24gb", f"model.adapter={place.adapter}")
+    for more, named in (((), True), (("model.merge=false",), False)):
+        with pytest.raises(DoesNotFitError, match="the conversion to EXL2 takes") as caught:
+            session.can_run(place.look(*argv, *more))
+        assert ("backend=bitsandbytes" in str(caught.value)) is named
+
+
 def test_where_the_engine_is_free_what_cannot_be_converted_is_not_chosen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
