@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from orchestrator.backends.table import BACKENDS, METHODS, backends_with_key
 from orchestrator.checkpoint.spec import ModelSpec
 from orchestrator.config import ENGINE_KEYS, Config, changed, get
+from orchestrator.errors import OrchestratorError
 from orchestrator.hardware import GIB, Hardware
 from orchestrator.plan import offload
 from orchestrator.plan.asks import asks_of
@@ -26,16 +28,23 @@ WIDTHS = tuple(quarters / 4 for quarters in range(32, 8, -1))  # 8 to 2.25 bits
 LEAST_BITS = 4.0  # down to which every plan looks by itself, where no engine and no width was asked for
 MOST_CARDS = 16
 LEAST_CONTEXT = 512
+AS_IT_LOADS = "bitsandbytes"  # quantizes when it loads
 
 Try = tuple[Config, Hardware]
 Tries = Callable[[Config, Hardware], Iterator[Try]]
+Unmade = Callable[[Config, Candidate], str]  # why the files of a candidate cannot be made here; "": they can, or are
 
 
-def changes(config: Config, spec: ModelSpec, hardware: Hardware) -> tuple[Change, ...]:
-    """The first of each kind that fits, cheapest kind first; () where nothing helps."""
+def made(config: Config, candidate: Candidate) -> str:
+    """Of no candidate anything has to be made."""
+    return ""
+
+
+def changes(config: Config, spec: ModelSpec, hardware: Hardware, unmade: Unmade = made) -> tuple[Change, ...]:
+    """The first of each kind that fits, and whose files can be made, cheapest kind first; () where nothing helps."""
 
     def each(*kinds: _Kind) -> list[Change]:
-        tried = (_first(kind, config, spec, hardware) for kind in kinds)
+        tried = (_first(kind, config, spec, hardware, unmade) for kind in kinds)
         return [change for change in tried if change is not None]
 
     found = each(*KINDS)
@@ -46,6 +55,17 @@ def changes(config: Config, spec: ModelSpec, hardware: Hardware) -> tuple[Change
     # Cards are no help where the settings beside them do it alone.
     alone = [set(change.settings) for change in found if not change.cards]
     return tuple(c for c in found if not (c.cards and any(settings <= set(c.settings) for settings in alone)))
+
+
+def as_it_loads(config: Config, spec: ModelSpec, hardware: Hardware) -> str:
+    """What to type so that it is quantized when it loads, in the nearest width that fits; "": nothing does."""
+    if config.backend.engine_args:  # which are another engine's
+        return ""
+    try:
+        found = _first(_Kind("", _as_it_loads), config, spec, hardware, made)
+    except OrchestratorError:  # an architecture that it does not know, an adapter on top
+        return ""
+    return " ".join(found.settings) if found is not None else ""
 
 
 def smallest(config: Config, spec: ModelSpec, hardware: Hardware) -> Candidate:
@@ -76,16 +96,20 @@ class _Kind:
     longest: bool = False
 
 
-def _first(kind: _Kind, config: Config, spec: ModelSpec, hardware: Hardware) -> Change | None:
+def _first(kind: _Kind, config: Config, spec: ModelSpec, hardware: Hardware, unmade: Unmade) -> Change | None:
     for other, machine in kind.tries(config, hardware):
         goal = config.model.max_context if kind.longest else None
-        found = _best(other, machine, spec, lambda c: kind.counts(c, config), goal)
+        found = _best(other, machine, spec, partial(_counts, kind, config, other, unmade), goal)
         if found is not None and found.fits and found.max_context >= _least_context(config, spec):
             settings = tuple(_typed(config, other, found))
             cards = len(machine.gpus) - len(hardware.gpus)
             more = f"{cards} more such card{'s' * (cards > 1)} ({len(machine.gpus)} in all)" if cards else ""
             return Change(settings, more, _costs(kind, found), found)
     return None
+
+
+def _counts(kind: _Kind, asked: Config, other: Config, unmade: Unmade, found: Candidate) -> bool:
+    return kind.counts(found, asked) and not (found.fits and unmade(other, found))
 
 
 def _least_context(config: Config, spec: ModelSpec) -> int:
@@ -228,6 +252,14 @@ def _another_engine(config: Config, hardware: Hardware) -> Iterator[Try]:
     for bits in dict.fromkeys((config.quant.bits, *_widths_below(config))):
         for ranks in dict.fromkeys((config.parallel.tensor, None)):
             yield _one_in_flight(config, {**free, "quant.bits": bits, "parallel.tensor": ranks}), hardware
+
+
+def _as_it_loads(config: Config, hardware: Hardware) -> Iterator[Try]:
+    free = dict.fromkeys(ENGINE_KEYS) | {"backend.name": AS_IT_LOADS, "quant.method": "auto", "model.dtype": "auto"}
+    asked = config.quant.bits
+    has = {width for widths in BACKENDS[AS_IT_LOADS].methods.values() for width in widths}
+    for bits in [None] if asked is None else sorted(has, key=lambda width: abs(width - asked)):
+        yield changed(config, {**free, "quant.bits": bits}), hardware
 
 
 def _to_host(config: Config, hardware: Hardware) -> Iterator[Try]:

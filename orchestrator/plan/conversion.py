@@ -8,10 +8,7 @@ from typing import Any
 from orchestrator.errors import DoesNotFitError
 from orchestrator.report.console import size
 
-_ELSEWHERE = (
-    "convert it on a larger machine (task=convert output.path=FOLDER) and give that folder as model.path; or type "
-    "backend=bitsandbytes, which quantizes when it loads."
-)
+ELSEWHERE = "convert it on a larger machine (task=convert output.path=FOLDER) and give that folder as model.path"
 
 # The sizes are bounds: with a fifth less it is tried, with a word on it.
 _TRIED = 0.8
@@ -28,6 +25,7 @@ class Conversion:
             is none, which is refused for itself; or one that was begun goes on, which is not.
         host: what it takes of host memory, at most.
         host_free: None where nobody knows (a profile says nothing of a host), or one that was begun goes on.
+        instead: what to type so that an engine quantizes as it loads, where that fits; "": nothing.
     """
 
     what: str
@@ -35,6 +33,7 @@ class Conversion:
     gpu_free: int | None
     host: int
     host_free: int | None
+    instead: str = ""
 
     @property
     def lacks_gpu(self) -> bool:
@@ -71,7 +70,10 @@ def must_have_memory(conversion: Conversion | None) -> None:
     """
     if conversion is not None and conversion.lacks:
         more = "Allow it a larger GPU (hardware.gpus, hardware.memory_gib)" if conversion.lacks_gpu else "Free some"
-        raise DoesNotFitError(f"the conversion {conversion.what} {conversion.lacks}", f"{more}; or {_ELSEWHERE}")
+        instead = f"; or type {conversion.instead}, which quantizes when it loads" if conversion.instead else ""
+        raise DoesNotFitError(
+            f"the conversion {conversion.what} {conversion.lacks}", f"{more}; or {ELSEWHERE}{instead}."
+        )
 
 
 def _is_short(needed: int, free: int | None) -> bool:

@@ -14,7 +14,8 @@ from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableE
 from orchestrator.hardware import BF16, Hardware
 from orchestrator.plan import offload
 from orchestrator.plan.asks import asks_of, known, none_loads, none_unmerged, nothing_matches
-from orchestrator.plan.changes import changes, smallest
+from orchestrator.plan.changes import Unmade, changes, made, smallest
+from orchestrator.plan.conversion import ELSEWHERE
 from orchestrator.plan.estimate import estimate, largest_context
 from orchestrator.plan.packed import check_asked, check_weights, quantized_of
 from orchestrator.plan.ranking import goal_of, rank
@@ -23,13 +24,16 @@ from orchestrator.plan.types import Candidate, Plan
 SAID = 3  # changes that an error names; the plan has them all
 
 
-def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
+def make_plan(config: Config, spec: ModelSpec, hardware: Hardware, unmade: Unmade = made) -> Plan:
     """The best candidate first, by the design's order.
 
     Fits; needs no offload; then the least loss of precision that keeps the context; then speed; installed before not
     installed. Offload comes before precision because it costs a factor of ten or more in speed, where 4 bits cost a
     little quality: who wants the precision asks for the width, and then nothing stands before the offload. Only what
     has not even half of the context stands behind one with offload that keeps it.
+
+    Args:
+        unmade: says of a candidate why its files cannot be made here; no such one is suggested instead.
 
     Raises:
         ConfigError: no engine has the method, the bits and the keys that were asked for together.
@@ -63,9 +67,13 @@ def make_plan(config: Config, spec: ModelSpec, hardware: Hardware) -> Plan:
         *_dtype_notes(config, candidates[0], hardware),
         *_old_card_notes(candidates, hardware),
         *_split_notes(config, spec, hardware, candidates[0]),
+        *_in_flight_notes(config, spec, hardware, candidates[0]),
     )
-    ways = () if candidates[0].fits else changes(config, spec, hardware)
-    return Plan(candidates[0], tuple(candidates), notes, hardware, ways)
+    if candidates[0].fits:
+        return Plan(candidates[0], tuple(candidates), notes, hardware)
+    lacking = next((why for candidate in candidates if (why := unmade(config, candidate))), "")
+    ways = changes(config, spec, hardware, unmade)
+    return Plan(candidates[0], tuple(candidates), notes, hardware, ways, lacking)
 
 
 def _untried(candidates: list[Candidate], spec: ModelSpec) -> Iterator[str]:
@@ -83,10 +91,13 @@ def must_fit(plan: Plan, config: Config, spec: ModelSpec, hardware: Hardware) ->
     if plan.chosen.fits:
         return
     problem = f"{plan.chosen.label} does not fit: {'; '.join(plan.chosen.reasons)}"
+    unmade = f" Nothing that has to be converted first would: {plan.unmade}; {ELSEWHERE}." if plan.unmade else ""
     if plan.changes:
         fast, slow = ([change.said for change in plan.changes if change.slow is offloads] for offloads in (False, True))
         ways = "; or ".join(fast[:SAID]) + ("; or, slower, " if fast and slow else "") + "; or, slower, ".join(slow)
-        raise DoesNotFitError(problem, f"What would fit: {ways}.")
+        raise DoesNotFitError(problem, f"What would fit: {ways}.{unmade}")
+    if unmade:
+        raise DoesNotFitError(problem, unmade.strip())
     least = smallest(config, spec, hardware)
     why = "; ".join(least.reasons)
     raise DoesNotFitError(problem, f"Nothing that this version has would fit, {least.label} neither: {why}.")
@@ -148,15 +159,38 @@ def _split_notes(config: Config, spec: ModelSpec, hardware: Hardware, chosen: Ca
     if not chosen.gpu_split or not chosen.fits or chosen.max_context >= goal_of(config, spec):
         return
     by_itself = changed(config, {"parallel.gpu_split": None})
-    asks = [ask for ask in asks_of(by_itself, spec, hardware) if ask.bits == chosen.bits]
-    same = [estimate(by_itself, spec, hardware, ask) for ask in asks]
-    most = max((c.max_context for c in same if c.fits and c.backend == chosen.backend), default=0)
+    most = _same(by_itself, spec, hardware, chosen)
     if most > chosen.max_context:
         said = ",".join(f"{share:g}" for share in config.parallel.gpu_split)
         yield (
             f"parallel.gpu_split=[{said}] leaves a context of {chosen.max_context}: a share is of layers, and their "
             f"cache comes on top of it. Give the first GPUs less, or type parallel.gpu_split=auto, which has {most}."
         )
+
+
+def _in_flight_notes(config: Config, spec: ModelSpec, hardware: Hardware, chosen: Candidate) -> Iterator[str]:
+    """So many at a time were asked for, and no context: it is cut before they are, and nobody chose that."""
+    in_flight, asked = config.run.in_flight or 1, config.model.max_context
+    alone = min(goal_of(config, spec), chosen.largest_context or 0)
+    if in_flight == 1 or asked is not None or not chosen.fits or chosen.max_context >= alone:
+        return
+    fewer, longest = in_flight, chosen.max_context
+    while longest < alone and fewer > 1:
+        fewer //= 2
+        longest = _same(changed(config, {"run.in_flight": fewer}), spec, hardware, chosen)
+    yield (
+        f"run.in_flight={in_flight} leaves {chosen.label} a context of {chosen.max_context} each, where one alone has "
+        f"{alone}. Type run.in_flight={fewer}, which has {longest}, or, if {chosen.max_context} will do, "
+        f"model.max_context={chosen.max_context}."
+    )
+
+
+def _same(config: Config, spec: ModelSpec, hardware: Hardware, chosen: Candidate) -> int:
+    """The context of the same engine, method and width under another configuration; 0: it does not fit."""
+    like = (chosen.backend, chosen.method, chosen.bits)
+    asks = [ask for ask in asks_of(config, spec, hardware) if (ask.backend, ask.method, ask.bits) == like]
+    found = (estimate(config, spec, hardware, ask) for ask in asks)
+    return max((c.max_context for c in found if c.fits), default=0)
 
 
 def _dtype_notes(config: Config, chosen: Candidate, hardware: Hardware) -> Iterator[str]:

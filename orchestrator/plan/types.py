@@ -277,6 +277,7 @@ class Plan:
 
     Attributes:
         changes: where nothing that was asked for fits: what to change, cheapest first.
+        unmade: why nothing is among them that would have to be converted here; "": there is no such reason.
     """
 
     chosen: Candidate
@@ -284,6 +285,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     hardware: Hardware | None = None
     changes: tuple[Change, ...] = ()
+    unmade: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {

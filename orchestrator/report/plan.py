@@ -33,15 +33,16 @@ CHOOSES = {  # an engine, or a width, is chosen already where one of these was t
 EXAMPLE = "prompts.text=Hello"
 
 
-def candidates_table(plan: Plan, *, narrow: bool = False) -> Table:
+def candidates_table(plan: Plan, *, narrow: bool = False, refused: bool = False) -> Table:
     """Every engine and width that was asked about, best first. It is readable at 80 columns.
 
     Args:
         narrow: without cache and scratch, for terminals of 60 columns.
+        refused: it is no plan.
     """
-    fits = plan.chosen.fits
+    more = "What could run it, best first" if plan.chosen.fits else "What could run it with more memory, nearest first"
     made = table(
-        "What could run it, best first" if fits else "What could run it with more memory, nearest first",
+        "No plan: what was asked for is refused. What was looked at" if refused else more,
         *("engine", "", "fits", "over", "weights", *(() if narrow else ("cache", "scratch")), "left", "context"),
         left=4,
         gap=1 if narrow else 2,

@@ -42,6 +42,7 @@ from orchestrator.pipeline import (
     tokenizer_folder,
     versions,
 )
+from orchestrator.plan.changes import as_it_loads
 from orchestrator.plan.conversion import Conversion, must_have_memory
 from orchestrator.plan.disk import Need, must_be_writable, must_have_room
 from orchestrator.plan.planner import make_plan, must_fit, runnable
@@ -249,19 +250,36 @@ def _planned(config: Config, places: Places, planning: bool, *, bare: bool = Fal
     if not (planning or places.remote):
         check_tokenizer(tokenizer_folder(source))
     hardware = detect(config.hardware, planning=planning, artifacts=folder(config.paths.artifacts))
-    plan = make_plan(config, spec, hardware)
+    unmade = partial(_unmade, source, planning)
+    plan = make_plan(config, spec, hardware, unmade)
     if hardware.gpus and not (planning or plan.chosen.fits) and leases()[0]:
         # Other runs are in the way: it is planned for when they have ended, and waits for that.
         hardware = detect(config.hardware, planning=False, artifacts=folder(config.paths.artifacts), idle=True)
-        plan = make_plan(config, spec, hardware)
+        plan = make_plan(config, spec, hardware, unmade)
     if config.backend.name == "auto":
         plan = _without_unmade(config, source, plan, planning)
     if config is not asked:
         plan = replace(plan, notes=(*plan.notes, EMBEDDED_NOTE))
     elsewhere = planning and config.hardware.cards is not None
     disk = disk_needs(config, source, plan.chosen)
-    converting = conversion(config, source, plan.chosen, planning=planning)
+    converting = _converting(config, source, spec, hardware, plan.chosen, planning=planning)
     return Planned(config, source, spec, hardware, plan, disk, converting, elsewhere)
+
+
+def _converting(
+    config: Config, source: Source, spec: ModelSpec, hardware: Hardware, chosen: Candidate, *, planning: bool
+) -> Conversion | None:
+    """What its conversion takes; where that is more than there is, with what to type instead."""
+    found = conversion(config, source, chosen, planning=planning)
+    if found is None or not (found.lacks and chosen.fits):
+        return found
+    return replace(found, instead=as_it_loads(config, spec, hardware))
+
+
+def _unmade(source: Source, planning: bool, config: Config, candidate: Candidate) -> str:
+    """Why the files of a candidate cannot be made here: their conversion takes far more memory than there is."""
+    found = conversion(config, source, candidate, planning=planning)
+    return f"the conversion {found.what} {found.lacks}" if found is not None and found.lacks else ""
 
 
 def _without_unmade(config: Config, source: Source, plan: Plan, planning: bool) -> Plan:
@@ -345,14 +363,19 @@ def embedded_defaults(config: Config) -> Config:
     return config
 
 
+def show_notes(plan: Plan) -> None:
+    """What is to be known of a plan, on stderr."""
+    for line in plan.notes:
+        note(f"note: {line}")
+
+
 def show_plan(planned: Planned, chosen: Candidate, out: Console) -> None:
     """The plan for the person: the model, the machine, the table, the reason. What is to be known of it: on stderr.
 
     Args:
         out: on stdout where the plan is what was asked for, else on stderr.
     """
-    for line in planned.plan.notes:
-        note(f"note: {line}")
+    show_notes(planned.plan)
     source, said = planned.source, partial(out.print, markup=False, soft_wrap=True)
     said(model_line(source.label, planned.spec, len(source.adapters), len(source.unmerged)))
     for line in (hardware_line(planned.hardware), *held_lines(planned.hardware)):
@@ -446,11 +469,12 @@ def open_session(
     fits(planned)
     chosen, python = runnable(planned.plan, config, planned.hardware)
     if chosen is not planned.plan.chosen:
-        converting = conversion(config, planned.source, chosen, planning=False)
+        converting = _converting(config, planned.source, planned.spec, planned.hardware, chosen, planning=False)
         planned = replace(planned, disk=disk_needs(config, planned.source, chosen), conversion=converting)
     run.write("plan.json", planned.to_json() | chosen.to_json())
     show_plan(planned, chosen, console())
     has_room(planned)
+    must_have_memory(planned.conversion)
     tokenizer = None if is_built(config, planned.source, chosen) else _tokenizer(planned, chosen, check)
     with ExitStack() as holding, ExitStack() as loading:
         loading.enter_context(kept())

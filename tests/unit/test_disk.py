@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections import namedtuple
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from orchestrator.engine import interpreters
 from orchestrator.errors import ConfigError, DoesNotFitError, EngineUnavailableError
 from orchestrator.hardware import DRIVER_KEEPS, GIB
 from orchestrator.pipeline import disk_needs, merged
+from orchestrator.plan import huggingface
 from orchestrator.plan.conversion import Conversion
 from orchestrator.plan.disk import Need, Part, must_have_room, output_need, store_need
 from orchestrator.report.console import size
@@ -228,10 +230,101 @@ def test_a_conversion_that_no_card_holds_is_said_and_ends_with_3(
     assert caught.value.exit_code == 3
     assert "hardware.memory_gib" in str(caught.value)
     said = capsys.readouterr().out
-    assert "GiB of one GPU (15.56 GiB free, which is too little)" in said
-    assert "To run it" not in said
-    assert place.json()["fits"]  # the model alone
-    assert place.json()["command"] is None
+    assert said == ""  # kept in a file, it would be taken for a plan
+    written = place.json()
+    assert (written["fits"], written["command"], written["candidates"][0]["fits"]) == (False, None, False)
+    assert written["reasons"] == written["candidates"][0]["reasons"]
+    assert "the conversion to EXL2 takes 23." in written["reasons"][0]
+    assert written["conversion_needed"]["gpu"]["free"] == 16 * GIB - DRIVER_KEEPS
+
+
+def test_a_plan_that_is_refused_shows_what_would_not_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path, LLAMA_7B)
+    monkeypatch.setattr(exl2, "host_needed", lambda source, bits, *_: int(bits * GIB))
+    monkeypatch.setattr(exl2, "most_free", lambda *_, **__: (24 * GIB, 5 * GIB))
+    with pytest.raises(DoesNotFitError, match=r"the conversion to EXL2 takes 8\.00 GiB of host memory"):
+        planned(place, capsys, "hardware=1x24gb", "backend=exllamav2")
+    said = capsys.readouterr().out
+    assert said.startswith("No plan: what was asked for is refused. What was looked at")
+    assert not any(words in said for words in ("Plan: ", "best first", "To run it"))
+    written = place.json()
+    assert (written["fits"], written["bits"], written["command"]) == (False, 8, None)
+    assert [(c["bits"], c["fits"]) for c in written["candidates"]] == [(6, True), (4, True), (8, False)]
+
+
+@pytest.mark.parametrize("engine", ["backend=exllamav2", "backend=auto"])
+@pytest.mark.parametrize("cards", ["1x16gb", "2x16gb", "2x24gb"])
+def test_what_is_suggested_needs_no_conversion_that_has_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, cards: str
+) -> None:
+    """Each suggestion is typed: it fits, and is not refused then."""
+    monkeypatch.setattr(huggingface, "disk_room", lambda folder: 1 << 40)
+    place = Place(tmp_path, LLAMA_70B)
+    argv = [engine, "quant.bits=7", f"hardware={cards}", "hardware.margin_gib=0"]
+    found = place.look(*argv).plan
+    assert not found.chosen.fits
+    assert bool(found.unmade) == (cards != "2x24gb")
+    assert found.changes
+    for change in found.changes:
+        typed = [setting.replace("=/path", f"={tmp_path}") for setting in change.settings]
+        keys = {setting.partition("=")[0] for setting in typed}
+        if change.cards:
+            typed.append(f"hardware.cards={change.cards.split('(')[1].split()[0]}")
+        then = place.look(*[text for text in argv if text.partition("=")[0] not in keys], *typed)
+        assert then.plan.chosen.fits, change.said
+        assert then.conversion is None or not then.conversion.lacks, change.said
+
+
+def test_where_nothing_is_left_to_suggest_the_conversion_is_why(tmp_path: Path) -> None:
+    place = Place(tmp_path, LLAMA_70B)
+    planned = place.look("backend=exllamav2", "quant.bits=5", "hardware=2x16gb")
+    without = replace(planned, plan=replace(planned.plan, changes=()))
+    for one, some in ((planned, True), (without, False)):
+        with pytest.raises(DoesNotFitError) as caught:
+            session.fits(one)
+        assert ("What would fit: " in str(caught.value)) is some
+        assert "Nothing that has to be converted first would: the conversion to EXL2 takes 23." in str(caught.value)
+        assert "quant.bits=2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "instead"),
+    [
+        (["quant.bits=2.5", "hardware=4x16gb"], "backend=bitsandbytes quant.bits=4"),
+        (["backend=exllamav2", "quant.bits=4", "hardware=4x16gb"], "backend=bitsandbytes"),
+        (["quant=exl2", "quant.bits=3", "hardware=4x16gb"], "backend=bitsandbytes quant.bits=4 quant.method=auto"),
+        (["quant.bits=2.5", "quant.head_bits=8", "hardware=4x16gb"], "backend=bitsandbytes quant.bits=4 quant.head"),
+        (["quant.bits=2.25", "hardware=2x16gb"], ""),  # it does not fit there
+        (["backend=exllamav2", "quant.bits=4", "hardware=4x16gb", "backend.engine_args.fasttensors=true"], ""),
+    ],
+)
+def test_what_quantizes_when_it_loads_is_named_with_bits_that_it_has(
+    tmp_path: Path, argv: list[str], instead: str
+) -> None:
+    place = Place(tmp_path, LLAMA_70B)
+    with pytest.raises(DoesNotFitError, match="the conversion to EXL2 takes") as caught:
+        session.can_run(place.look(*argv))
+    said = str(caught.value).partition("; or type ")[2]
+    assert said.startswith(instead)
+    assert bool(said) == bool(instead)
+    if instead:
+        typed = said.partition(", which")[0].split()
+        keys = {setting.partition("=")[0] for setting in typed}
+        kept = [text for text in argv if text.partition("=")[0] not in keys]
+        session.fits(place.look(*kept, *typed))
+
+
+def test_what_quantizes_when_it_loads_is_not_named_where_it_runs_no_adapter(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exl2, "needed", lambda *_: 48 * GIB)
+    argv = ("backend=exllamav2", "quant.bits=4", "hardware=1x24gb", f"model.adapter={place.adapter}")
+    for more, named in (((), True), (("model.merge=false",), False)):
+        with pytest.raises(DoesNotFitError, match="the conversion to EXL2 takes") as caught:
+            session.can_run(place.look(*argv, *more))
+        assert ("backend=bitsandbytes" in str(caught.value)) is named
 
 
 def test_where_the_engine_is_free_what_cannot_be_converted_is_not_chosen(
@@ -257,6 +350,10 @@ def test_a_plan_refuses_what_its_conversion_would(place: Place, capsys: pytest.C
     argv = ("hardware=1x24gb", *EXL2)
     with pytest.raises(ConfigError, match=rf"quant\.measurement={file} is not of this model"):
         planned(place, capsys, *argv, f"quant.measurement={file}")
+    assert capsys.readouterr().out == ""
+    written = place.json()
+    assert (written["fits"], written["command"]) == (False, None)
+    assert written["reasons"] == [next(line for line in written["reasons"] if f"quant.measurement={file}" in line)]
     with pytest.raises(ConfigError, match=r"calibration\.length=4096 is more than the model's 2048 positions"):
         planned(place, capsys, *argv, "quant.calibration.length=4096")
     config = SHAPE.config() | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}

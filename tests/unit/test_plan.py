@@ -379,6 +379,23 @@ def test_fewer_are_in_flight_before_the_context_is_shortened(specs: dict[Llama, 
     assert tight.max_in_flight < 4
 
 
+def test_a_context_that_many_in_flight_have_cut_is_said(specs: dict[Llama, ModelSpec]) -> None:
+    """Its settings, typed: the first has the context of one alone, the second what is planned; neither a note."""
+    many = ["backend=exllamav2", "quant.bits=4"]
+    plan = make_plan(composed(*many, "run.in_flight=64"), specs[LLAMA_70B], cards(2))
+    [note] = [line for line in plan.notes if line.startswith("run.in_flight=64 leaves")]
+    fewer, context = re.findall(r"Type (run\.in_flight=\d+), .* (model\.max_context=\d+)\.$", note)[0]
+    goal = min(4096, specs[LLAMA_70B].max_context)
+    assert f"a context of {plan.chosen.max_context} each, where one alone has {goal}." in note
+    assert context == f"model.max_context={plan.chosen.max_context}"
+    for more, tokens in ([fewer], goal), (["run.in_flight=64", context], plan.chosen.max_context):
+        then = make_plan(composed(*many, *more), specs[LLAMA_70B], cards(2))
+        assert (then.chosen.fits, then.chosen.max_context) == (True, tokens)
+        assert not any("leaves" in line for line in then.notes)
+    alone = make_plan(composed(*many), specs[LLAMA_70B], cards(2))
+    assert not any("leaves" in line for line in alone.notes)
+
+
 @pytest.mark.parametrize("gib", [8, 14.5])
 def test_a_context_too_short_to_work_in_does_not_win_by_its_precision(
     specs: dict[Llama, ModelSpec], gib: float
