@@ -687,7 +687,8 @@ def summary(*outs: dict[str, Result]) -> Result:
 def report(folders: Sequence[Path]) -> None:
     """Prints the numbers, and keeps them with everything that was measured."""
     outs = [parts_of(folder) for folder in folders]
-    where = max((found["environment"] for found in outs if "environment" in found), key=lambda e: len(e["gpus"]))
+    places = [found["environment"] for found in outs if "environment" in found]
+    where = max(places, key=lambda place: len(place["gpus"]), default=None)
     found = summary(*outs)
     print(json.dumps(found, indent=1))
     print(save("exl2_depth", {"summary": found, "outs": outs}, where))

@@ -71,9 +71,10 @@ def prepare(argv: list[str], conf: Path) -> list[str]:
             raise ConfigError(f"{key}={value} is for one run, and -m makes several", "Leave -m out.")
     output = raw.get("output.path", "null")
     if multirun and output != "null" and not re.search(r"[,(]|\$\{", output):  # the second would find the first's in it
+        swept = next((key for key in raw if "." in key and "," in raw[key] and key not in VERBATIM), "hydra:job.num")
         raise ConfigError(
             f"output.path={output} is one folder, and -m makes several",
-            f"Name one for each: 'output.path={output}-${{quant.bits}}'.",
+            f"Name one for each: 'output.path={output}-${{{swept}}}'.",
         )
     return [*flags, *_resumed(overrides, raw)]
 

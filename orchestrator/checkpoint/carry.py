@@ -60,10 +60,18 @@ def written_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
             result[key] = dtype
     result.update(_new_rope(config) if not config.get("rope_parameters") else _old_rope(config))
     scaling = result.get("rope_scaling")
-    if isinstance(scaling, dict) and scaling.get("type") and scaling["type"] == scaling.get("rope_type"):
-        kept = _TYPE_KEY.get(str(scaling["type"]), "rope_type")
-        result["rope_scaling"] = {k: v for k, v in scaling.items() if k == kept or k not in ("type", "rope_type")}
+    if isinstance(scaling, dict):
+        result["rope_scaling"] = _with_one_type(scaling)
     return result
+
+
+def _with_one_type(scaling: dict[str, Any]) -> dict[str, Any]:
+    """Without the second name of the same type."""
+    kind = scaling.get("type")
+    if not isinstance(kind, str) or kind != scaling.get("rope_type"):
+        return scaling
+    kept = _TYPE_KEY.get(kind, "rope_type")
+    return {key: value for key, value in scaling.items() if key == kept or key not in ("type", "rope_type")}
 
 
 def _new_rope(config: dict[str, Any]) -> dict[str, Any]:

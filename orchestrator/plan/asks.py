@@ -196,8 +196,8 @@ def nothing_matches(config: Config) -> str:
     asked += [f"quant.bits={config.quant.bits:.10g}"] if config.quant.bits is not None else []
     asked += [f"model.dtype={config.model.dtype}"] if config.model.dtype != "auto" else []
     asked += ["model.merge=false"] if not config.model.merge else []
-    asked += [f"{key}={get(config, key)}" for key in ENGINE_KEYS if get(config, key) is not None]
     needed = {key: backends_with_key(key) for key in ENGINE_KEYS if get(config, key) is not None}
+    asked += [f"{key}={get(config, key)}" for key in needed]
     have = [f"{key} is a setting of {' and '.join(able)}" for key, able in needed.items()]
     have += [
         f"{b.name} has {', '.join(_offer(b, m, ws) for m, ws in b.methods.items())}{_loads(b)}{_in(b, config)}"

@@ -21,6 +21,7 @@ _NEEDS = {"linear": ("factor",), "yarn": ("factor", _ORIGINAL), "llama3": _LLAMA
 _LISTS = ("long_factor", "short_factor")  # of su and longrope, beside config.json's own _ORIGINAL
 _LISTED = ("su", "longrope")
 _NOTHING = ("default", "dynamic", "mrope")  # it scales by none of them; mrope is of the images'
+_MAX = 2**53
 _OTHER = "Correct config.json, or use another backend."
 
 
@@ -44,7 +45,7 @@ class _Read:
 
     @property
     def kind(self) -> str:
-        return str(self.scaling.get("type") or self.scaling.get("rope_type") or "default")
+        return shown(self.scaling.get("type") or self.scaling.get("rope_type") or "default", 40)
 
 
 def check_rope(config: dict[str, Any], path: Path, context: int) -> None:
@@ -80,8 +81,7 @@ def _check_scaling(read: _Read) -> None:
     if kind not in (*_NEEDS, *_LISTED, *_NOTHING):
         known = ", ".join((*_NEEDS, *_LISTED))
         raise ConfigError(
-            f"{read.where}: exllamav2 does not know the rope_scaling {shown(kind, 40)}, and would leave it out "
-            f"(it knows {known})",
+            f"{read.where}: exllamav2 does not know the rope_scaling {kind}, and would leave it out (it knows {known})",
             _OTHER,
         )
     for key in _NEEDS.get(kind, ()):
@@ -132,4 +132,4 @@ def _missing(read: _Read, key: str, wanted: str, found: Any) -> ConfigError:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MAX

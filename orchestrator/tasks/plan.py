@@ -105,10 +105,13 @@ def _to_run(planned: Planned, config: Config) -> Iterator[str]:
     runs = [c for c in planned.plan.candidates if c.fits and not c.needs]
     if not runs:
         return
-    first = "" if runs[0].installed else " (once its engine is installed)"
-    yield f"To run it{first}: {command(_typed(), runs[0], config)}"
+    typed = command(_typed(), runs[0], config)
+    if runs[0].installed:
+        yield f"To run it: {typed}"
+        return
+    yield f"To run it (once its engine is installed): {typed}"
     here = next((c for c in runs if c.installed and _refusal(planned, c) is None), None)
-    if here is not None and here is not runs[0]:
+    if here is not None:
         yield f"With what is installed ({here.label}): {command(_typed(), here, config)}"
 
 

@@ -46,6 +46,7 @@ def test_lists_of_factors(kind: str) -> None:
     check({"type": kind, **LISTS}, **ORIGINAL)
     quarter = {key: value[: HALF // 2] for key, value in LISTS.items()}
     check({"type": kind, **quarter}, **ORIGINAL, partial_rotary_factor=0.5)
+    check({"type": kind, **LISTS}, **ORIGINAL, partial_rotary_factor=1e308)  # none: all of a head is rotated
     with pytest.raises(ConfigError, match=r"config\.json has no original_max_position_embeddings, which .* for"):
         check({"type": kind, **LISTS, **ORIGINAL})
     with pytest.raises(
@@ -62,6 +63,7 @@ def test_lists_of_factors(kind: str) -> None:
         ({"type": "yarn", "rope_type": "yarn", "factor": 4.0}, r"has both type \(yarn\) and rope_type \(yarn\)"),
         ({"type": "mrope", "rope_type": "default"}, r"has both type \(mrope\) and rope_type \(default\)"),
         ({"rope_type": "magic", "factor": 2.0}, "does not know the rope_scaling magic, .* knows linear, yarn, llama3"),
+        ({"type": ["x"] * 99}, r"does not know the rope_scaling \['x', "),
         ({"type": "linear"}, r"factor of rope_scaling \(linear\) is not there; it is a positive number"),
         ({"type": "yarn", "factor": 4.0}, r"original_max_position_embeddings of rope_scaling \(yarn\) is not there"),
         ({**LLAMA3, "low_freq_factor": None}, r"low_freq_factor of rope_scaling \(llama3\) is not there"),

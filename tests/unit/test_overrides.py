@@ -243,5 +243,6 @@ def test_one_output_folder_is_not_for_a_sweep() -> None:
     message = refusal("-m", "task=convert", "quant.bits=4,8", "output.path=/new/out")
     assert "output.path=/new/out is one folder, and -m makes several" in message
     assert "'output.path=/new/out-${quant.bits}'" in message
+    assert "'output.path=/new/out-${hydra:job.num}'" in refusal("-m", "quant=nf4,int8", "output.path=/new/out")
     for several in ("/new/out-${quant.bits}", "/new/a,/new/b"):
         assert prepare(["-m", "quant.bits=4,8", f"output.path={several}"], CONF)[-1] == f"output.path={several}"
